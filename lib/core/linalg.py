@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear algebra that several methods share, in float32, all of it jit-able."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def damped_cholesky(
+  h: Float[Array, "n n"], damping: float | Float[Array, ""], *, tries: int = 6
+) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
+  """Factor `h + d * mean(diag h) * I`, raising d tenfold while the factorization fails.
+
+  Args:
+    h: symmetric positive semi-definite matrix.
+    damping: first d to try, relative to the mean diagonal.
+    tries: how often to try.
+
+  Returns:
+    (lower factor, the d that was used). The factor holds NaN if every try failed.
+
+  Example:
+    >>> factor, used = damped_cholesky(jnp.eye(2), 0.01)
+    >>> round(float(used), 3)
+    0.01
+  """
+  scale = jnp.maximum(jnp.mean(jnp.diag(h)), jnp.finfo(jnp.float32).tiny)
+  eye = jnp.eye(h.shape[0], dtype=h.dtype)
+
+  def factor(d: jax.Array) -> jax.Array:
+    return jnp.linalg.cholesky(h + d * scale * eye)
+
+  def failed(state: tuple) -> jax.Array:
+    low, _, n = state
+    return ~jnp.isfinite(low).all() & (n < tries)
+
+  def again(state: tuple) -> tuple:
+    _, d, n = state
+    d = jnp.maximum(d * 10, 1e-6)
+    return factor(d), d, n + 1
+
+  d = jnp.asarray(damping, jnp.float32)
+  low, d, _ = jax.lax.while_loop(failed, again, (factor(d), d, 1))
+  return low, d
+
+
+def inverse_from_cholesky(low: Float[Array, "n n"]) -> Float[Array, "n n"]:
+  """Invert a symmetric matrix from its lower Cholesky factor.
+
+  Args:
+    low: lower factor L, the matrix being L Lᵀ.
+
+  Returns:
+    The symmetric inverse.
+
+  Example:
+    >>> inverse_from_cholesky(2 * jnp.eye(2))[0, 0].item()
+    0.25
+  """
+  eye = jnp.eye(low.shape[0], dtype=low.dtype)
+  half = jax.scipy.linalg.solve_triangular(low, eye, lower=True)
+  return half.T @ half

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model: a static architecture description, a tree of arrays, and its history."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from treesurgeon.core import leaves, paths
+from treesurgeon.core import lineage as lineage_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """Hold a network as a value.
+
+  Deliberately not a pytree: lineage must never retrigger a compilation. Pass `params` to jitted
+  functions and `spec` as a static argument.
+
+  Attributes:
+    spec: frozen, hashable architecture description (`models.Spec`).
+    params: nested dict of arrays and compressed leaves, see `core.paths`.
+    lineage: what was done to the model, oldest first.
+    aux: by-products a later step reads or carries along: masks, statistics, and under
+      "optimizer" an optax state, which growth transforms together with the parameters.
+  """
+
+  spec: Any
+  params: Mapping[str, Any]
+  lineage: tuple[lineage_lib.Record, ...] = ()
+  aux: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def replace(self, **changes: Any) -> "Model":
+    """Return a copy with some fields replaced."""
+    return dataclasses.replace(self, **changes)
+
+  def update(self, changes: Mapping[str, Any]) -> "Model":
+    """Return a copy with some leaves replaced, by address."""
+    return self.replace(params=paths.update(self.params, changes)) if changes else self
+
+  def addresses(self) -> list[str]:
+    """List every leaf's address."""
+    return paths.addresses(self.params)
+
+  def leaf(self, address: str) -> Any:
+    """Fetch one leaf by address."""
+    return paths.get(self.params, address)
+
+  def nbytes(self) -> int:
+    """Count the bytes of all parameters as held, compressed leaves compressed."""
+    return sum(leaves.nbytes(x) for x in paths.walk(self.params).values())
+
+  def size(self) -> int:
+    """Count the logical parameters."""
+    return sum(x.size for x in paths.walk(self.params).values())

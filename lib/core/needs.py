@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step must be told besides the model, declared without data.
+
+A driver reads the needs, gathers the evidence, and hands it to the step. Evidence is a mapping
+from the need's name to its value; for every need that is about leaves the value is itself a mapping from
+address to value.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+Evidence = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistic:
+  """A statistic of the inputs of linear kernels, or of the loss gradient at leaves.
+
+  Attributes:
+    fold: a name from `stats.FOLDS`, such as "second_moment", or "fisher".
+    select: regular expression over addresses; None means the step's own selection.
+  """
+
+  fold: str
+  select: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Donors:
+  """Other models' leaves at the step's addresses.
+
+  Attributes:
+    models: names a driver resolves to models (directories); empty takes the donors
+      that were handed to the driver.
+  """
+
+  models: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+  """Edit requests, tokenized.
+
+  Attributes:
+    path: JSON file of requests; empty takes those handed to the driver.
+  """
+
+  path: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+  """A stream of token batches, for steps that train."""
+
+
+Need = Statistic | Donors | Requests | Batches
+
+
+class Source(Protocol):
+  """A model read leaf by leaf: a directory, a checkpoint, or a model in memory."""
+
+  @property
+  def spec(self) -> Any:
+    """Architecture description."""
+    ...
+
+  def addresses(self) -> Sequence[str]:
+    """List the addresses of every leaf."""
+    ...
+
+  def leaf(self, address: str) -> Any:
+    """Read one leaf."""
+    ...
+
+
+class Aligned(Mapping[str, tuple[Any, ...]]):
+  """Several sources as one mapping: address to a tuple with each source's leaf, read on demand."""
+
+  def __init__(self, sources: Sequence[Source]):
+    self.sources = tuple(sources)
+
+  def __getitem__(self, address: str) -> tuple[Any, ...]:
+    return tuple(s.leaf(address) for s in self.sources)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self.sources[0].addresses())
+
+  def __len__(self) -> int:
+    return len(self.sources[0].addresses())

@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps and transforms: what a method is to the drivers.
+
+A method is an array function lifted by `over_leaves` or `over_groups`, or a function of a whole
+model wrapped in a `Step`. A transform is a tuple of steps, so `chain(a, b) == a + b`. The canonical
+spelling of a transform is what its `repr` prints, a config holds, and the command line takes.
+"""
+
+import functools
+import inspect
+import math
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from treesurgeon.core import leaves, model, needs, paths
+
+Units = list[tuple[str, ...]]
+KERNELS = r"(?:.*/)?kernel"
+BLOCK_KERNELS = r"layers/.*/kernel"
+
+
+class Step(NamedTuple):
+  """One operation on a model.
+
+  Attributes:
+    needs: what evidence it reads, by name; static and data-free.
+    apply: (model, evidence, key) -> model; pure.
+    scope: what a driver may cut it into: "leaf", "block" or "model".
+    info: {"name": registered name, "arguments": as bound, "given": those not at their default}.
+    units: all addresses of a model -> groups of addresses that change together; raises
+      ValueError where the step would change nothing. Given a part of a model, `apply` changes what it can.
+    reselect: regex -> the same step on other addresses; None if the step takes the whole model.
+  """
+
+  needs: Mapping[str, needs.Need]
+  apply: Callable[[model.Model, needs.Evidence, jax.Array], model.Model]
+  scope: Literal["leaf", "block", "model"]
+  info: Mapping[str, Any]
+  units: Callable[[Sequence[str]], Units]
+  reselect: Callable[[str], "Step"] | None = None
+
+  def __repr__(self) -> str:
+    return spell((self,))
+
+
+Transform = tuple[Step, ...]
+
+
+def chain(*transforms: Transform) -> Transform:
+  """Apply transforms one after another.
+
+  Args:
+    *transforms: transforms, first applied first.
+
+  Returns:
+    Their concatenation.
+
+  Example:
+    >>> chain() == ()
+    True
+  """
+  return sum(transforms, ())
+
+
+def spell(transform: Transform) -> str:
+  """Write a transform in its canonical one-line spelling, which `registry.parse` reads.
+
+  Args:
+    transform: steps that registered factories returned.
+
+  Returns:
+    Calls joined by " + ".
+
+  Example:
+    >>> from treesurgeon import registry
+    >>> spell(registry.parse("compress.quantize.rtn(bits=3, group_size=128)"))
+    'compress.quantize.rtn(bits=3)'
+  """
+  calls = []
+  for step in transform:
+    if "spelling" in step.info:
+      calls.append(step.info["spelling"])
+      continue
+    given = ", ".join(f"{k}={_literal(v)}" for k, v in step.info["given"].items())
+    calls.append(f"{step.info['name']}({given})")
+  return " + ".join(calls)
+
+
+def method(name: str) -> Callable[[Callable[..., Step]], Callable[..., Transform]]:
+  """Make a factory's step carry its name and bound arguments, and check the arguments' names.
+
+  Args:
+    name: the name under which the registry lists the factory.
+
+  Returns:
+    A decorator for keyword-only functions that return one `Step`; the result returns a
+    `Transform`.
+
+  Example:
+    >>> @method("demo.nothing")
+    ... def nothing(*, times: int = 1):
+    ...   return Step({}, lambda m, e, k: m, "model", {}, lambda names: [tuple(names)])
+    >>> nothing(times=2)
+    (demo.nothing(times=2),)
+  """
+
+  def decorate(factory: Callable[..., Step]) -> Callable[..., Transform]:
+    signature = inspect.signature(factory)
+
+    @functools.wraps(factory)
+    def build(**arguments: Any) -> Transform:
+      unknown = [a for a in arguments if a not in signature.parameters]
+      if unknown:
+        raise ValueError(
+          f"{name} has no argument {unknown[0]!r}; it takes {', '.join(signature.parameters)}"
+        )
+      missing = [
+        p.name
+        for p in signature.parameters.values()
+        if p.default is inspect.Parameter.empty and p.name not in arguments
+      ]
+      if missing:
+        raise ValueError(f"{name} needs the argument {missing[0]!r}")
+      bound = signature.bind(**arguments)
+      bound.apply_defaults()
+      defaults = {p.name: p.default for p in signature.parameters.values()}
+      given = {k: v for k, v in bound.arguments.items() if v != defaults[k]}
+      info = {"name": name, "arguments": dict(bound.arguments), "given": given}
+      return (named(factory(**arguments), info),)
+
+    return build
+
+  return decorate
+
+
+def named(step: Step, info: Mapping[str, Any]) -> Step:
+  """Give a step its name and arguments, kept when it is pointed at other addresses.
+
+  Args:
+    step: any step.
+    info: see `Step.info`.
+
+  Returns:
+    The step with `info`.
+
+  Example:
+    >>> step = Step({}, lambda m, e, k: m, "model", {}, lambda names: [tuple(names)])
+    >>> named(step, {"name": "demo", "given": {}})
+    demo()
+  """
+  again = step.reselect
+  if again is not None:
+    return step._replace(info=info, reselect=lambda select: named(again(select), info))
+  return step._replace(info=info)
+
+
+def over_leaves(
+  fn: Callable[..., Any],
+  *,
+  hyper: Mapping[str, Any],
+  select: str | None = None,
+  default: str = BLOCK_KERNELS,
+  domain: str = KERNELS,
+  wants: Mapping[str, needs.Need] | None = None,
+  random: bool = False,
+  raw: bool = False,
+  scope: Literal["leaf", "block"] = "leaf",
+) -> Step:
+  """Lift an array function to a step that changes every selected leaf by itself.
+
+  The function is compiled once for each shape and set of hyper-parameters, and wrapped so
+  that it need not know about meshes.
+
+  Args:
+    fn: `fn(w, **evidence, **hyper)` -> array or compressed leaf; the evidence is this leaf's. With
+      `random` it also receives `key`, which depends on the address alone.
+    hyper: keyword arguments of `fn`, hashable.
+    select: which addresses, a regular expression; None means `default`.
+    default: the selection when the user names none.
+    domain: what the method can work on at all, whatever the selection.
+    wants: evidence by name.
+    random: whether `fn` takes a key.
+    raw: whether `fn` takes compressed leaves as they are; otherwise they come dense.
+    scope: "block" if a driver should recompute inputs between blocks.
+
+  Returns:
+    The step.
+
+  Example:
+    >>> step = over_leaves(lambda w, factor: w * factor, hyper={"factor": 2.0}, select="w", domain=".*")
+    >>> step.apply(model.Model(None, {"w": jax.numpy.ones(2)}), {}, jax.random.key(0)).params["w"].tolist()
+    [2.0, 2.0]
+  """
+  pattern = _both(default if select is None else select, domain)
+  wants = dict(wants or {})
+  compiled = _compile(fn, tuple(sorted(hyper.items())))
+
+  def apply(m: model.Model, evidence: needs.Evidence, key: jax.Array) -> model.Model:
+    changes = {}
+    for address in m.addresses():
+      if not re.fullmatch(pattern, address):
+        continue
+      w = m.leaf(address)
+      given = {name: evidence[name][address] for name in wants}
+      if not raw:
+        w, given = leaves.map_leaves(leaves.dense, (w, given))
+      if random:
+        given["key"] = leaf_key(key, address)
+      changes[address] = compiled(w, given)
+    return m.update(changes)
+
+  def units(names: Sequence[str]) -> Units:
+    return [(n,) for n in paths.select(names, pattern)]
+
+  def reselect(narrower: str) -> Step:
+    return over_leaves(
+      fn, hyper=hyper, select=narrower if select is None else _both(select, narrower),
+      default=default, domain=domain, wants=wants, random=random, raw=raw, scope=scope,
+    )  # fmt: skip
+
+  return Step(_aim(wants, pattern), apply, scope, {}, units, reselect)
+
+
+def over_groups(
+  fn: Callable[..., Mapping[str, Any]],
+  *,
+  groups: str,
+  hyper: Mapping[str, Any],
+  wants: Mapping[str, needs.Need] | None = None,
+  random: bool = False,
+  scope: Literal["leaf", "block"] = "leaf",
+) -> Step:
+  r"""Lift a function of several leaves that belong together, such as a layer's q, k and v.
+
+  Args:
+    fn: `fn({role: w}, **evidence, **hyper)` -> {role: leaf}; each evidence is {role: value}.
+    groups: regular expression over addresses with the named groups `group` and `role`; the
+      addresses that agree in `group` are handed over together.
+    hyper: keyword arguments of `fn`, hashable.
+    wants: evidence by name.
+    random: whether `fn` takes a key, which depends on the group's name alone.
+    scope: as in `over_leaves`.
+
+  Returns:
+    The step.
+
+  Example:
+    >>> step = over_groups(lambda w: {k: w["a"] + w["b"] for k in w}, groups="(?P<group>.*)/(?P<role>a|b)", hyper={})
+    >>> tree = {"x": {"a": jax.numpy.ones(()), "b": jax.numpy.ones(())}}
+    >>> step.apply(model.Model(None, tree), {}, jax.random.key(0)).params["x"]["a"].item()
+    2.0
+  """
+  compiled = _compile(fn, tuple(sorted(hyper.items())))
+  wants = dict(wants or {})
+
+  def gather(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+      match = re.fullmatch(groups, name)
+      if match:
+        found.setdefault(match["group"], {})[match["role"]] = name
+    return found
+
+  def apply(m: model.Model, evidence: needs.Evidence, key: jax.Array) -> model.Model:
+    changes = {}
+    for group, roles in gather(m.addresses()).items():
+      w = {r: m.leaf(a) for r, a in roles.items()}
+      given = {n: {r: evidence[n][a] for r, a in roles.items()} for n in wants}
+      w, given = leaves.map_leaves(leaves.dense, (w, given))
+      if random:
+        given["key"] = leaf_key(key, group)
+      out = compiled(w, given)
+      changes.update({roles[r]: leaf for r, leaf in out.items()})
+    return m.update(changes)
+
+  def units(names: Sequence[str]) -> Units:
+    paths.select(names, groups)
+    return [tuple(roles.values()) for roles in gather(names).values()]
+
+  return Step(_aim(wants, groups), apply, scope, {}, units)
+
+
+def by_path(rules: Sequence[tuple[str, Transform]]) -> Transform:
+  """Treat different leaves differently: the first rule whose regex matches an address wins.
+
+  The evidence of all rules is gathered in one pass before any of them changes the model.
+
+  Args:
+    rules: (regular expression over addresses, transform of leaf steps).
+
+  Returns:
+    A transform of one step.
+
+  Raises:
+    ValueError: for a step that takes the whole model, and, when applied, for a rule that
+      matches nothing.
+
+  Example:
+    >>> from treesurgeon import registry
+    >>> eight = registry.parse("compress.quantize.rtn(bits=8)")
+    >>> by_path([("layers/0/.*", eight)])
+    (by_path([('layers/0/.*', compress.quantize.rtn(bits=8))]),)
+  """
+  taken: list[str] = []
+  narrowed: list[Step] = []
+  for pattern, transform in rules:
+    earlier = "".join(rf"(?!(?:{p})\Z)" for p in taken)
+    for step in transform:
+      if step.reselect is None:
+        raise ValueError(f"by_path: {step!r} works on whole models, so it cannot be aimed at {pattern!r}")
+      narrowed.append(step.reselect(f"{earlier}(?:{pattern})"))
+    taken.append(pattern)
+
+  def apply(m: model.Model, evidence: needs.Evidence, key: jax.Array) -> model.Model:
+    for i, step in enumerate(narrowed):
+      mine = {n: evidence[f"{i}.{n}"] for n in step.needs}
+      m = step.apply(m, mine, jax.random.fold_in(key, i))
+    return m
+
+  def units(names: Sequence[str]) -> Units:
+    return [u for step in narrowed for u in step.units(names)]
+
+  wants = {f"{i}.{n}": need for i, step in enumerate(narrowed) for n, need in step.needs.items()}
+  scope = "block" if any(s.scope == "block" for s in narrowed) else "leaf"
+  rules_spelled = ", ".join(f"({p!r}, {spell(t)})" for p, t in rules)
+  info = {
+    "name": "by_path",
+    "arguments": {"rules": [[p, spell(t)] for p, t in rules]},
+    "spelling": f"by_path([{rules_spelled}])",
+  }
+  return (Step(wants, apply, scope, info, units),)
+
+
+def leaf_key(key: jax.Array, address: str) -> jax.Array:
+  """Derive a leaf's random key from its address, whatever the order or sharding.
+
+  Args:
+    key: the step's key.
+    address: the leaf's address.
+
+  Returns:
+    A key.
+
+  Example:
+    >>> a = leaf_key(jax.random.key(0), "layers/0/mlp/up/kernel")
+    >>> bool(a == leaf_key(jax.random.key(0), "layers/0/mlp/up/kernel"))
+    True
+  """
+  return jax.random.fold_in(key, zlib.crc32(address.encode()))
+
+
+def _both(a: str, b: str) -> str:
+  return a if a == b else rf"(?=(?:{a})\Z)(?:{b})"
+
+
+def _aim(wants: Mapping[str, needs.Need], pattern: str) -> dict[str, needs.Need]:
+  """Point statistics without a selection of their own at the step's."""
+  return {
+    name: needs.Statistic(need.fold, pattern)
+    if isinstance(need, needs.Statistic) and need.select is None
+    else need
+    for name, need in wants.items()
+  }
+
+
+@functools.lru_cache(maxsize=512)
+def _compile(fn: Callable[..., Any], hyper: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+  """Jit `fn` once for each set of hyper-parameters; steps built twice share the program."""
+
+  def call(w: Any, given: Mapping[str, Any]) -> Any:
+    return fn(w, **given, **dict(hyper))
+
+  jitted = jax.jit(call)
+
+  def run(w: Any, given: Mapping[str, Any]) -> Any:
+    mesh = _explicit_mesh(w)
+    if mesh is None:
+      return jitted(w, given)
+    return _under_auto_axes(call, w, given, mesh)
+
+  return run
+
+
+def _explicit_mesh(w: Any) -> Any:
+  """Find the mesh of a leaf whose sharding is part of its type (explicit axes), else None."""
+  for x in jax.tree.leaves(w):
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is not None and mesh.axis_names and any(
+      t == jax.sharding.AxisType.Explicit for t in mesh.axis_types
+    ):
+      return getattr(getattr(x, "sharding", None), "mesh", mesh)
+  return None
+
+
+def _under_auto_axes(call: Callable[..., Any], w: Any, given: Any, mesh: Any) -> Any:
+  """Run with automatic axes; a result keeps the leaf's own layout where its axes still divide."""
+  first = jax.tree.leaves(w)[0]
+  spec = tuple(jax.typeof(first).sharding.spec)
+  shapes = jax.eval_shape(call, *jax.tree.map(_bare, (w, given)))
+  out, structure = jax.tree.flatten(
+    jax.tree.map(lambda x: _layout(x.shape, spec, mesh), shapes),
+    is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec),
+  )
+  with jax.set_mesh(mesh):
+    return _auto(call, tuple(out), structure)(w, given)
+
+
+@functools.lru_cache(maxsize=512)
+def _auto(call: Callable[..., Any], out: tuple, structure: Any) -> Callable[..., Any]:
+  return jax.jit(jax.sharding.auto_axes(call, out_sharding=jax.tree.unflatten(structure, out)))
+
+
+def _bare(x: Any) -> Any:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _layout(shape: tuple[int, ...], spec: tuple, mesh: Any) -> jax.sharding.PartitionSpec:
+  """Keep each trailing axis' placement where its size still divides."""
+  tail = ((None,) * len(shape) + spec)[-len(shape) :] if shape else ()
+  keep = []
+  for size, axis in zip(shape, tail, strict=True):
+    names = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+    keep.append(axis if size % math.prod(mesh.shape[n] for n in names) == 0 else None)
+  return jax.sharding.PartitionSpec(*keep)
+
+
+def _literal(value: Any) -> str:
+  if isinstance(value, tuple) and value and isinstance(value[0], Step):
+    return spell(value)
+  return repr(value)
