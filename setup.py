@@ -39,20 +39,26 @@ REQUIRES = [
   "tokenizers>=0.21",
 ]
 
+# `test` runs the suite. It holds libtpu where that exists: kernels and the pod plan are compiled
+# ahead of time with the real TPU compiler, which needs no TPU.
+TPU = ["jax[tpu]>=0.10.2; sys_platform == 'linux' and platform_machine == 'x86_64'"]
+TEST = [
+  "beartype>=0.20",
+  "hypothesis>=6.100",
+  "pytest>=8.3",
+  "pytest-xdist>=3.6",
+  "scipy>=1.14",
+  "setuptools>=77",
+]
+
 EXTRAS = {
-  "dev": [
-    "beartype>=0.20",
-    "hypothesis>=6.100",
-    "pre-commit>=4.0",
-    "pyright>=1.1.400",
-    "pytest>=8.3",
-    "pytest-xdist>=3.6",
-    "ruff>=0.12",
-    "scipy>=1.14",
-  ],
+  "test": TEST + TPU,
+  "dev": [*TEST, *TPU, "pre-commit>=4.0", "pyright[nodejs]>=1.1.400", "ruff>=0.12"],
   "eval": ["lm-eval>=0.4.9"],
+  "tpu": TPU,
   # Other people's implementations, used as oracles by tests/peers and never by the library.
   "peers": [
+    *TEST,
     "mergekit==0.1.5",
     "peft==0.21.2",
     "torch==2.13.0",

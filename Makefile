@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target sets up what it needs: python3 (3.11 or newer) with venv, make and git are enough.
+# A virtual environment belongs to one Python version, so PYTHON=python3.12 gets one of its own.
+
+PYTHON ?= python3
+WORKDIR ?= runs/quickstart
+# Processes for the tests, and further arguments for pytest: make test ARGS="-k gptq -x"
+JOBS ?= 2
+ARGS ?=
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV := .venv-$(VERSION)
+PEERS := .venv-peers-$(VERSION)
+BIN := $(VENV)/bin
+CORE := $(VENV)/.stamp-core
+DEV := $(VENV)/.stamp-dev
+PEERS_STAMP := $(PEERS)/.stamp
+PINS := setup.py pyproject.toml constraints.txt
+PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
+# -P keeps the root off sys.path, where kernels/ would shadow another package of that name.
+PYTEST := -P -m pytest --numprocesses $(JOBS)
+SOURCES := setup.py .ci lib kernels experiments configs tests
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+.PHONY: help quickstart setup test test-all test-peers lint format types docs clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1|/' \
+	  | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+quickstart: $(CORE)  ## install the library and run configs/quickstart.py
+	$(BIN)/python -P -m treesurgeon.experiments.run --config=configs/quickstart.py --workdir=$(WORKDIR)
+	@echo "The report is in $(WORKDIR):"
+	@ls -1 $(WORKDIR)
+
+setup: $(DEV)  ## install the library with everything its development needs
+	@echo "$(VENV) is ready"
+
+test: $(DEV)  ## run the tests, the slow ones left out
+	$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(DEV)  ## run the tests, the slow ones too
+	$(BIN)/python $(PYTEST) $(ARGS)
+
+test-peers: $(PEERS_STAMP)  ## compare with torch, transformers, peft and mergekit (own environment)
+	$(PEERS)/bin/python $(PYTEST) tests/peers $(ARGS)
+
+lint: $(DEV)  ## check style and formatting
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+format: $(DEV)  ## rewrite the code in the agreed format
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+types: $(DEV)  ## check types
+	$(BIN)/python .ci/shim.py
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(CORE)  ## regenerate docs/methods.md from the registry
+	$(BIN)/python -P -m treesurgeon.experiments.ledger
+
+clean:  ## remove environments, caches and build output (runs/ stays)
+	rm -rf .venv .venv-* .shim .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environments. A stamp is younger than what it was installed from, or it is made again.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "treesurgeon needs Python 3.11 or newer; name one with make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(PEERS)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "treesurgeon needs Python 3.11 or newer; name one with make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(PEERS)
+
+$(CORE): $(PINS) | $(BIN)/python
+	$(BIN)/python -m pip install $(PIP_FLAGS) --editable .
+	@touch $@
+
+$(DEV): $(CORE)
+	$(BIN)/python -m pip install $(PIP_FLAGS) --editable ".[dev,eval]"
+	@touch $@
+
+# torch comes first and alone: its requirements differ between its builds for CPU and for GPU.
+$(PEERS_STAMP): $(PINS) | $(PEERS)/bin/python
+	$(PEERS)/bin/python -m pip install $(PIP_FLAGS) torch==2.13.0
+	$(PEERS)/bin/python -m pip install $(PIP_FLAGS) --editable ".[peers]"
+	@touch $@
