@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks as pure functions of a static description and a tree of leaves."""
+
+from treesurgeon.models.decoder import Output, embed, forward, head
+from treesurgeon.models.shapes import addresses, init
+from treesurgeon.models.spec import PER_LAYER, Spec
+from treesurgeon.models.stack import block
+from treesurgeon.models.taps import BLOCK_TAPS, OUTER_TAPS, tap_of
+
+__all__ = [
+  "BLOCK_TAPS",
+  "OUTER_TAPS",
+  "PER_LAYER",
+  "Output",
+  "Spec",
+  "addresses",
+  "block",
+  "embed",
+  "forward",
+  "head",
+  "init",
+  "tap_of",
+]

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over explicit masks: grouped queries, sliding windows, soft-capped scores.
+
+Grouped queries: Ainslie et al., arXiv:2305.13245. Windows: Beltagy et al., arXiv:2004.05150, in the
+convention of Mistral, where a query sees itself and the `window - 1` positions before it.
+Scores and their softmax are float32 whatever the dtype of the activations.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from treesurgeon.models import spec as specs
+
+_UNLIMITED = 2**30
+
+
+def attend(
+  q: Float[Array, "batch seq heads head_dim"],
+  k: Float[Array, "batch keys kv_heads head_dim"],
+  v: Float[Array, "batch keys kv_heads head_dim"],
+  allowed: Bool[Array, "#batch seq keys"],
+  *,
+  scale: float,
+  softcap: float | None = None,
+) -> Float[Array, "batch seq heads head_dim"]:
+  """Return softmax(scale * q k^T) v over the allowed keys.
+
+  Args:
+    q: queries; consecutive groups of heads share one key/value head.
+    k: keys.
+    v: values.
+    allowed: True where a query may look.
+    scale: multiplier of the scores.
+    softcap: c in c * tanh(score / c), or None.
+
+  Returns:
+    The mixed values in the dtype of `q`. A query that may look nowhere gets the plain mean.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from treesurgeon.models import attention
+    >>> q = k = jnp.zeros((1, 2, 1, 1)); v = jnp.arange(2.0).reshape(1, 2, 1, 1)
+    >>> attention.attend(q, k, v, jnp.tri(2, dtype=bool)[None], scale=1.0).ravel().tolist()
+    [0.0, 0.5]
+  """
+  batch, seq, heads, dim = q.shape
+  groups = heads // k.shape[2]
+  q = q.reshape(batch, seq, k.shape[2], groups, dim)
+  k, v = k.astype(q.dtype), v.astype(q.dtype)
+  scores = jnp.einsum("bskgd,btkd->bkgst", q, k, preferred_element_type=jnp.float32) * scale
+  if softcap is not None:
+    scores = softcap * jnp.tanh(scores / softcap)
+  scores = jnp.where(allowed[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+  return jnp.einsum("bkgst,btkd->bskgd", weights, v).reshape(batch, seq, heads, dim)
+
+
+def visible(
+  num_queries: int,
+  num_keys: int,
+  *,
+  start: int | jax.Array = 0,
+  window: int | jax.Array = 0,
+  causal: bool = True,
+  mask: jax.Array | None = None,
+) -> Bool[Array, "#batch seq keys"]:
+  """Return which keys each query may look at.
+
+  Args:
+    num_queries: length of the query block.
+    num_keys: length of the keys, cache included.
+    start: index of the first query among the keys; an int or traced.
+    window: keys a query sees, itself included; 0 is unlimited. An int or traced.
+    causal: whether later keys are hidden.
+    mask: [batch, keys], nonzero at real tokens, or [batch, seq, keys], nonzero where allowed.
+
+  Returns:
+    A boolean array [batch or 1, seq, keys].
+
+  Raises:
+    ValueError: for a mask of another shape.
+
+  Example:
+    >>> from treesurgeon.models import attention
+    >>> attention.visible(3, 3, window=2)[0].astype(int).tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+  """
+  query = (start + jnp.arange(num_queries))[None, :, None]
+  key = jnp.arange(num_keys)[None, None, :]
+  reach = jnp.where(jnp.asarray(window) > 0, window, _UNLIMITED)
+  allowed = key > query - reach
+  allowed &= key <= query if causal else key < query + reach
+  if mask is not None:
+    shape = (num_queries, num_keys)
+    if mask.ndim not in (2, 3) or mask.shape[1:] != shape[3 - mask.ndim :]:
+      raise ValueError(
+        f"mask has shape {mask.shape}; valid: [batch, {num_keys}] over keys, or "
+        f"[batch, {num_queries}, {num_keys}] over pairs"
+      )
+    allowed = allowed & (mask != 0 if mask.ndim == 3 else mask[:, None, :] != 0)
+  return allowed
+
+
+def window_at(spec: specs.Spec, layer: int | jax.Array) -> int | jax.Array:
+  """Return the window of one layer, which may be a traced index.
+
+  Args:
+    spec: the architecture.
+    layer: layer index.
+
+  Returns:
+    The window; 0 is unlimited.
+  """
+  return spec.window if isinstance(spec.window, int) else jnp.asarray(spec.window)[layer]
