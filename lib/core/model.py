@@ -52,3 +52,27 @@ class Model:
   def size(self) -> int:
     """Count the logical parameters."""
     return sum(x.size for x in paths.walk(self.params).values())
+
+
+class Part(Model):
+  """Hold some of a model's leaves by address, as drivers hand them to a step.
+
+  `params` is a flat mapping from address to leaf, so that a driver can pass one leaf or one block
+  without stacking and unstacking it.
+  """
+
+  def addresses(self) -> list[str]:
+    """List the addresses held."""
+    return list(self.params)
+
+  def leaf(self, address: str) -> Any:
+    """Fetch one leaf by address."""
+    return self.params[address]
+
+  def update(self, changes: Mapping[str, Any]) -> "Part":
+    """Return a copy with some leaves replaced, by address."""
+    return self.replace(params={**self.params, **changes})
+
+  def replace(self, **changes: Any) -> "Part":
+    """Return a copy with some fields replaced."""
+    return dataclasses.replace(self, **changes)

@@ -206,6 +206,7 @@ def over_leaves(
         continue
       w = m.leaf(address)
       given = {name: evidence[name][address] for name in wants}
+      _check_donors(address, w, given, wants)
       if not raw:
         w, given = leaves.map_leaves(leaves.dense, (w, given))
       if random:
@@ -351,6 +352,19 @@ def leaf_key(key: jax.Array, address: str) -> jax.Array:
     True
   """
   return jax.random.fold_in(key, zlib.crc32(address.encode()))
+
+
+def _check_donors(
+  address: str, w: Any, given: Mapping[str, Any], wants: Mapping[str, needs.Need]
+) -> None:
+  for name, need in wants.items():
+    if isinstance(need, needs.Donors):
+      for i, d in enumerate(given[name]):
+        if tuple(d.shape) != tuple(w.shape):
+          raise ValueError(
+            f"{address}: donor {i} has shape {tuple(d.shape)}, the base has {tuple(w.shape)}; "
+            "merged models must have equal shapes"
+          )
 
 
 def _both(a: str, b: str) -> str:
