@@ -8,7 +8,7 @@ address to value.
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 Evidence = Mapping[str, Any]
 
@@ -57,6 +57,7 @@ class Batches:
 Need = Statistic | Donors | Requests | Batches
 
 
+@runtime_checkable
 class Source(Protocol):
   """A model read leaf by leaf: a directory, a checkpoint, or a model in memory."""
 
