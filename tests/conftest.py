@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for every test: one CPU device, strict ranks, checked shapes.
+
+Tests that need several devices start a process of their own with `XLA_FLAGS` set
+(`multidevice_test.py`), because the number of devices is fixed when JAX first runs.
+"""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.pop("XLA_FLAGS", None)  # a caller's virtual devices would change what is tested
+
+import jax
+import jaxtyping
+import pytest
+
+PEERS = pathlib.Path(__file__).parent / "peers"
+
+# Shapes and types are checked in tests only: the hook wraps each function as it is imported.
+jaxtyping.install_import_hook(["treesurgeon"], "beartype.beartype")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  """Sets JAX up before any test module is imported."""
+  jax.config.update("jax_numpy_rank_promotion", "raise")
+  cache = getattr(config, "cache", None)
+  if cache is not None:
+    # A second run on the same machine finds its programs compiled.
+    jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
+  """Leaves out tests/peers, which needs its own environment, unless it was named."""
+  if collection_path != PEERS:
+    return None
+  named = [pathlib.Path(config.invocation_params.dir, arg.split("::")[0]) for arg in config.args]
+  return None if any(path.resolve().is_relative_to(PEERS) for path in named) else True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Marks what lies in tests/peers, so that no test there has to."""
+  for item in items:
+    if item.path.is_relative_to(PEERS):
+      item.add_marker(pytest.mark.peers)
