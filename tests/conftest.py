@@ -16,6 +16,11 @@ import jaxtyping
 import pytest
 
 PEERS = pathlib.Path(__file__).parent / "peers"
+# What the peers warn about in their own code is not ours to mend; our warnings stay errors.
+PEERS_WARNINGS = (
+  r"ignore:::(accelerate|huggingface_hub|mergekit|peft|torch|transformers)(\.|$)",
+  "ignore:numpy.core is deprecated:DeprecationWarning",  # unpickling, in mergekit
+)
 
 # Shapes and types are checked in tests only: the hook wraps each function as it is imported.
 jaxtyping.install_import_hook(["treesurgeon"], "beartype.beartype")
@@ -24,6 +29,9 @@ jaxtyping.install_import_hook(["treesurgeon"], "beartype.beartype")
 def pytest_configure(config: pytest.Config) -> None:
   """Sets JAX up before any test module is imported."""
   jax.config.update("jax_numpy_rank_promotion", "raise")
+  if names_peers(config):
+    for line in PEERS_WARNINGS:
+      config.addinivalue_line("filterwarnings", line)
   cache = getattr(config, "cache", None)
   if cache is not None:
     # A second run on the same machine finds its programs compiled.
@@ -34,10 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
   """Leaves out tests/peers, which needs its own environment, unless it was named."""
-  if collection_path != PEERS:
-    return None
-  named = [pathlib.Path(config.invocation_params.dir, arg.split("::")[0]) for arg in config.args]
-  return None if any(path.resolve().is_relative_to(PEERS) for path in named) else True
+  return True if collection_path == PEERS and not names_peers(config) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,3 +50,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   for item in items:
     if item.path.is_relative_to(PEERS):
       item.add_marker(pytest.mark.peers)
+
+
+def names_peers(config: pytest.Config) -> bool:
+  """Tells whether the command line names tests/peers or something in it."""
+  here = config.invocation_params.dir
+  paths = [(here / argument.split("::")[0]).resolve() for argument in config.args]
+  return any(path.is_relative_to(PEERS) for path in paths)
