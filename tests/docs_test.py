@@ -9,6 +9,7 @@ import ast
 import doctest
 import importlib
 import importlib.util
+import inspect
 import pathlib
 import types
 
@@ -43,16 +44,21 @@ class Finder(doctest.DocTestFinder):
   under jit or a run-time type check are the wrapper's, so that its examples would go unrun.
   """
 
-  def _from_module(self, module, object):  # noqa: A002
+  def _from_module(self, module, object):
     if isinstance(object, types.ModuleType):
       return False
     return getattr(object, "__module__", None) == module.__name__
+
+  def _find_lineno(self, obj, source_lines):
+    return super()._find_lineno(inspect.unwrap(obj) if callable(obj) else obj, source_lines)
 
 
 def examples_in(source: str) -> int:
   """Counts the examples that the docstrings of a source file hold."""
   kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-  docs = (ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, kinds))
+  docs = (
+    ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)
+  )
   return sum(len(doctest.DocTestParser().get_examples(doc)) for doc in docs if doc)
 
 
@@ -114,6 +120,8 @@ def test_finder_sees_wrapped_functions():
 
 
 def test_counting_and_listing():
-  source = 'class A:\n  def f(self):\n    """Do.\n\n    >>> 1\n    1\n    """\n  def g(self): pass\n'
+  source = (
+    'class A:\n  def f(self):\n    """Do.\n\n    >>> 1\n    1\n    """\n  def g(self): pass\n'
+  )
   assert examples_in(source) == 1
   assert undocumented(source) == ["the module itself", "A (line 1)", "A.g (line 8)"]

@@ -30,7 +30,9 @@ def test_packages_are_the_folders_that_hold_code():
 
 
 def test_no_folder_shadows_another_root():
-  shadows = [name for name in ("kernels", "experiments", "configs") if (ROOT / "lib" / name).exists()]
+  shadows = [
+    name for name in ("kernels", "experiments", "configs") if (ROOT / "lib" / name).exists()
+  ]
   assert not shadows, f"lib/{shadows} would shadow the folder of that name at the top"
 
 
@@ -77,7 +79,9 @@ def test_wheel_holds_every_file_and_imports(tmp_path):
     for path in (ROOT / folder).rglob(pattern)
   }
   assert shipped == expected
-  code = "import treesurgeon, treesurgeon.kernels, treesurgeon.experiments; print(treesurgeon.__file__)"
+  code = (
+    "import treesurgeon, treesurgeon.kernels, treesurgeon.experiments; print(treesurgeon.__file__)"
+  )
   result = subprocess.run(
     [sys.executable, "-P", "-c", code],
     env={"PYTHONPATH": str(tmp_path / "wheel")},
