@@ -8,7 +8,6 @@ Explicit and lazy: a method's module is imported when its name is first used. Th
 import ast
 import dataclasses
 import difflib
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, Literal
@@ -58,7 +57,7 @@ def load(name: str) -> Callable[..., step.Transform]:
   """
   if name not in TABLE:
     near = difflib.get_close_matches(name, TABLE, n=3, cutoff=0.4)
-    raise ValueError(f"unknown transform {name!r}; did you mean {', '.join(near) or ', '.join(TABLE)}?")
+    raise ValueError(f"unknown transform {name!r}; did you mean {', '.join(near or TABLE)}?")
   module, function = TABLE[name].factory.split(":")
   return getattr(importlib.import_module(module), function)
 
@@ -150,21 +149,9 @@ def _literal(keyword: ast.keyword, name: str, source: str) -> Any:
   if keyword.arg is None:
     raise ValueError(f"{name}: '**' is not allowed in {source!r}")
   try:
-    return _freeze(ast.literal_eval(keyword.value))
+    return ast.literal_eval(keyword.value)
   except ValueError as error:
     raise ValueError(
       f"{name}: the argument {keyword.arg}={ast.unparse(keyword.value)} is not a literal "
       "(a number, a string, True, False, None, or a list of these)"
     ) from error
-
-
-@functools.singledispatch
-def _freeze(value: Any) -> Any:
-  """Make lists tuples, so that bound arguments are hashable."""
-  return value
-
-
-@_freeze.register(list)
-@_freeze.register(tuple)
-def _(value: Any) -> tuple:
-  return tuple(_freeze(v) for v in value)

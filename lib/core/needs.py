@@ -2,8 +2,8 @@
 """What a step must be told besides the model, declared without data.
 
 A driver reads the needs, gathers the evidence, and hands it to the step. Evidence is a mapping
-from the need's name to its value; for every need that is about leaves the value is itself a mapping from
-address to value.
+from the need's name to its value; for every need that is about leaves the value is itself a
+mapping from address to value.
 """
 
 import dataclasses

@@ -344,9 +344,9 @@ def _group(layers: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
       runs.append([i])
     last = sign
   return {
-    f"{run[0]}:{run[-1] + 1}": nest({
-      s: stack([layers[i][s] for i in run]) for s in sorted(layers[run[0]])
-    })
+    f"{run[0]}:{run[-1] + 1}": nest(
+      {s: stack([layers[i][s] for i in run]) for s in sorted(layers[run[0]])}
+    )
     for run in runs
   }
 
@@ -374,10 +374,12 @@ def _update_segment(
   if equal:
     stacked = {s: stack(columns[s]) if s in columns else x for s, x in flat.items()}
     return {f"{start}:{stop}": nest(stacked)}
-  return _group({
-    i: {s: columns[s][i - start] if s in columns else take(x, i - start) for s, x in flat.items()}
-    for i in range(start, stop)
-  })
+  return _group(
+    {
+      i: {s: columns[s][i - start] if s in columns else take(x, i - start) for s, x in flat.items()}
+      for i in range(start, stop)
+    }
+  )
 
 
 def _descend(tree: Any, name: str) -> Any:
@@ -392,4 +394,5 @@ def _no_match(pattern: str, names: Iterable[str]) -> str:
   names = list(names)
   plain = re.sub(r"\\.|[.*+?()\[\]|^$]", "", pattern)
   near = difflib.get_close_matches(plain, names, n=3, cutoff=0.0)
-  return f"no address matches {pattern!r}; nearest: {', '.join(near) or '(the model has no leaves)'}"
+  named = ", ".join(near) or "(the model has no leaves)"
+  return f"no address matches {pattern!r}; nearest: {named}"

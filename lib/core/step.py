@@ -32,7 +32,8 @@ class Step(NamedTuple):
     scope: what a driver may cut it into: "leaf", "block" or "model".
     info: {"name": registered name, "arguments": as bound, "given": those not at their default}.
     units: all addresses of a model -> groups of addresses that change together; raises
-      ValueError where the step would change nothing. Given a part of a model, `apply` changes what it can.
+      ValueError where the step would change nothing. Given a part of a model, `apply` changes
+      what it can.
     reselect: regex -> the same step on other addresses; None if the step takes the whole model.
   """
 
@@ -125,6 +126,7 @@ def method(name: str) -> Callable[[Callable[..., Step]], Callable[..., Transform
       ]
       if missing:
         raise ValueError(f"{name} needs the argument {missing[0]!r}")
+      arguments = {k: _freeze(v) for k, v in arguments.items()}
       bound = signature.bind(**arguments)
       bound.apply_defaults()
       defaults = {p.name: p.default for p in signature.parameters.values()}
@@ -191,8 +193,9 @@ def over_leaves(
     The step.
 
   Example:
-    >>> step = over_leaves(lambda w, factor: w * factor, hyper={"factor": 2.0}, select="w", domain=".*")
-    >>> step.apply(model.Model(None, {"w": jax.numpy.ones(2)}), {}, jax.random.key(0)).params["w"].tolist()
+    >>> double = over_leaves(lambda w, by: w * by, hyper={"by": 2.0}, select="w", domain=".*")
+    >>> m = model.Model(None, {"w": jax.numpy.ones(2)})
+    >>> double.apply(m, {}, jax.random.key(0)).leaf("w").tolist()
     [2.0, 2.0]
   """
   pattern = _both(default if select is None else select, domain)
@@ -250,9 +253,10 @@ def over_groups(
     The step.
 
   Example:
-    >>> step = over_groups(lambda w: {k: w["a"] + w["b"] for k in w}, groups="(?P<group>.*)/(?P<role>a|b)", hyper={})
-    >>> tree = {"x": {"a": jax.numpy.ones(()), "b": jax.numpy.ones(())}}
-    >>> step.apply(model.Model(None, tree), {}, jax.random.key(0)).params["x"]["a"].item()
+    >>> both = "(?P<group>.*)/(?P<role>a|b)"
+    >>> add = over_groups(lambda w: {k: w["a"] + w["b"] for k in w}, groups=both, hyper={})
+    >>> m = model.Model(None, {"x": {"a": jax.numpy.ones(()), "b": jax.numpy.ones(())}})
+    >>> add.apply(m, {}, jax.random.key(0)).leaf("x/a").item()
     2.0
   """
   compiled = _compile(fn, tuple(sorted(hyper.items())))
@@ -312,7 +316,9 @@ def by_path(rules: Sequence[tuple[str, Transform]]) -> Transform:
     earlier = "".join(rf"(?!(?:{p})\Z)" for p in taken)
     for step in transform:
       if step.reselect is None:
-        raise ValueError(f"by_path: {step!r} works on whole models, so it cannot be aimed at {pattern!r}")
+        raise ValueError(
+          f"by_path: {step!r} works on whole models, so it cannot be aimed at {pattern!r}"
+        )
       narrowed.append(step.reselect(f"{earlier}(?:{pattern})"))
     taken.append(pattern)
 
@@ -404,8 +410,10 @@ def _explicit_mesh(w: Any) -> Any:
   for x in jax.tree.leaves(w):
     sharding = getattr(jax.typeof(x), "sharding", None)
     mesh = getattr(sharding, "mesh", None)
-    if mesh is not None and mesh.axis_names and any(
-      t == jax.sharding.AxisType.Explicit for t in mesh.axis_types
+    if (
+      mesh is not None
+      and mesh.axis_names
+      and any(t == jax.sharding.AxisType.Explicit for t in mesh.axis_types)
     ):
       return getattr(getattr(x, "sharding", None), "mesh", mesh)
   return None
@@ -441,6 +449,11 @@ def _layout(shape: tuple[int, ...], spec: tuple, mesh: Any) -> jax.sharding.Part
     names = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
     keep.append(axis if size % math.prod(mesh.shape[n] for n in names) == 0 else None)
   return jax.sharding.PartitionSpec(*keep)
+
+
+def _freeze(value: Any) -> Any:
+  """Make lists tuples, so that bound arguments are hashable."""
+  return tuple(_freeze(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 def _literal(value: Any) -> str:

@@ -139,7 +139,11 @@ def embed(
 
 
 def head(
-  spec: specs.Spec, params: Mapping[str, Any], h: Float[Array, "batch seq dim"]
+  spec: specs.Spec,
+  params: Mapping[str, Any],
+  h: Float[Array, "batch seq dim"],
+  *,
+  observe: taps.Observe | None = None,
 ) -> Float[Array, "batch seq vocab"]:
   """Turn the last block's output into logits: final norm, projection, soft cap.
 
@@ -147,6 +151,7 @@ def head(
     spec: the architecture.
     params: parameters; the layers are not read.
     h: output of the last block.
+    observe: called as observe(tap, value) with the inputs of the head's kernels.
 
   Returns:
     float32 logits.
@@ -154,7 +159,7 @@ def head(
   Raises:
     ValueError: for an encoder without a language-model head.
   """
-  return _read(spec, params, h, taps.Tap(None, None))
+  return _read(spec, params, h, taps.Tap(observe, None))
 
 
 def norm(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration statistics as commuting folds.
 
-A fold has an initial state, an update by one batch of input vectors, and a merge of two states that is
-commutative and associative. So batches may come in any order, be split over devices or hosts, and
-be merged later. All states are float32; sums, not means, so that merging is addition.
+A fold has an initial state, an update by one batch of input vectors, and a merge of two states
+that is commutative and associative. So batches may come in any order, be split over devices or
+hosts, and be merged later. All states are float32; sums, not means, so that merging is addition.
 """
 
 import dataclasses

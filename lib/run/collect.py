@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gather what steps need: statistics in one pass over the data, donors, requests.
+
+Statistics are collected block by block through the taps that feed the kernels in question, in one
+compiled program a layer structure, so that only what is asked for is computed and kept.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from treesurgeon import models, stats
+from treesurgeon.core import leaves, needs, paths, step
+from treesurgeon.core import model as model_lib
+
+Wanted = dict[tuple[str, str], list[str]]  # (need's fold, address) -> names of the needs
+
+
+@dataclasses.dataclass(frozen=True)
+class Materials:
+  """What the caller brings for the steps to use.
+
+  Attributes:
+    batches: token batches (batch, length), iterated as often as needed.
+    donors: other models, read leaf by leaf.
+    requests: edit requests.
+    open_model: resolves a donor's name in an expression to a source.
+    read_requests: resolves a request file's name in an expression.
+    digests: role ("base", "donor 0", "calibration") to sha256, for the lineage.
+  """
+
+  batches: Sequence[np.ndarray] | Iterable[np.ndarray] = ()
+  donors: Sequence[needs.Source] = ()
+  requests: Sequence[Any] = ()
+  open_model: Callable[[str], needs.Source] | None = None
+  read_requests: Callable[[str], Sequence[Any]] | None = None
+  digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+class TreeView(Mapping[str, Any]):
+  """A nested tree read by address; layers are cut out when asked for."""
+
+  def __init__(self, tree: Mapping[str, Any], wrap: Callable[[Any], Any] = lambda x: x):
+    self._tree, self._wrap = tree, wrap
+
+  def __getitem__(self, address: str) -> Any:
+    return self._wrap(paths.get(self._tree, address))
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(paths.addresses(self._tree))
+
+  def __len__(self) -> int:
+    return len(paths.addresses(self._tree))
+
+
+def evidence(
+  one: step.Step, model: model_lib.Model, materials: Materials
+) -> dict[str, needs.Evidence]:
+  """Gather everything a step needs, with one pass over the batches.
+
+  Args:
+    one: the step.
+    model: the model as it stands.
+    materials: what the caller brought.
+
+  Returns:
+    The step's evidence.
+
+  Raises:
+    ValueError: if something needed was not brought, names no leaf, or collected nothing.
+  """
+  out: dict[str, Any] = {}
+  statistics = {n: w for n, w in one.needs.items() if isinstance(w, needs.Statistic)}
+  taps = {n: w for n, w in statistics.items() if w.fold != "fisher"}
+  if statistics and not _some(materials.batches):
+    raise ValueError(f"{one!r} needs calibration text and none was given")
+  if taps:
+    collected = tap_statistics(model, wanted(taps, model.addresses()), materials.batches)
+    for name, need in taps.items():
+      out[name] = {a: s for (fold, a), s in collected.items() if fold == need.fold}
+  for name in statistics.keys() - taps.keys():
+    out[name] = fisher(model, materials.batches)
+  for name, need in one.needs.items():
+    if isinstance(need, needs.Donors | needs.Requests | needs.Batches):
+      out[name] = brought(one, need, model, materials)
+  return out
+
+
+def brought(one: step.Step, need: needs.Need, base: needs.Source, materials: Materials) -> Any:
+  """Resolve a need that is not a statistic.
+
+  Args:
+    one: the step, for messages.
+    need: donors, requests or batches.
+    base: the model that donors must match.
+    materials: what the caller brought.
+
+  Returns:
+    Donors as a mapping from address to a tuple of leaves; requests or batches as they are.
+
+  Raises:
+    ValueError: if it was not brought, or a donor's leaves differ from the base's.
+  """
+  if isinstance(need, needs.Donors):
+    sources = list(materials.donors)
+    if need.models:
+      if materials.open_model is None:
+        raise ValueError(f"{one!r}: no way was given to open models by name; pass donors instead")
+      sources = [materials.open_model(name) for name in need.models]
+    if not sources:
+      raise ValueError(f"{one!r} needs donor models and none was given")
+    for i, source in enumerate(sources):
+      check_alike(base, source, f"donor {i}")
+    return needs.Aligned(sources)
+  if isinstance(need, needs.Requests):
+    if need.path:
+      if materials.read_requests is None:
+        raise ValueError(f"{one!r}: no way was given to read {need.path!r}; pass requests instead")
+      return list(materials.read_requests(need.path))
+    return list(materials.requests)
+  return materials.batches
+
+
+def check_alike(base: needs.Source, other: needs.Source, role: str) -> None:
+  """Refuse a donor whose vocabulary or leaves differ from the base's.
+
+  Args:
+    base: the model to be changed.
+    other: the donor.
+    role: what to call the donor in messages.
+
+  Raises:
+    ValueError: naming the first difference.
+  """
+  mine, theirs = base.spec, other.spec
+  if mine is not None and theirs is not None and mine.vocab_size != theirs.vocab_size:
+    raise ValueError(
+      f"{role} has a vocabulary of {theirs.vocab_size} tokens, the base has {mine.vocab_size}; "
+      "give the models one tokenizer before merging"
+    )
+  a, b = set(base.addresses()), set(other.addresses())
+  if a != b:
+    odd = sorted(a ^ b, key=paths.natural)[0]
+    where = f"{role} lacks it" if odd in a else f"only {role} has it"
+    raise ValueError(f"{odd}: {where}; merged models must have the same leaves")
+
+
+def wanted(statistics: Mapping[str, needs.Statistic], names: Sequence[str]) -> Wanted:
+  """List which fold is wanted at which address.
+
+  Args:
+    statistics: needs by name.
+    names: all addresses of the model.
+
+  Returns:
+    (fold, address) to the names of the needs that want it.
+
+  Raises:
+    ValueError: for an unknown fold or a selection that matches nothing.
+  """
+  out: Wanted = {}
+  for name, need in statistics.items():
+    if need.fold not in stats.FOLDS:
+      raise ValueError(f"unknown statistic {need.fold!r}; known: {', '.join(stats.FOLDS)}, fisher")
+    for address in paths.select(names, need.select or step.BLOCK_KERNELS):
+      out.setdefault((need.fold, address), []).append(name)
+  return out
+
+
+def tap_statistics(
+  model: model_lib.Model, want: Wanted, batches: Iterable[np.ndarray]
+) -> dict[tuple[str, str], Any]:
+  """Collect statistics of kernels' inputs in one pass over the batches.
+
+  Args:
+    model: the model.
+    want: from `wanted`.
+    batches: token batches.
+
+  Returns:
+    (fold, address) to its state.
+
+  Raises:
+    ValueError: if a tap collected nothing.
+  """
+  per_layer = by_layer(want)
+  last = max((k for k in per_layer if k >= 0), default=-1)
+  if -1 in per_layer:
+    last = paths.num_layers(model.params) - 1
+  states: dict[int, Any] = {}
+  for tokens in batches:
+    h = embed(model, tokens)
+    for start, stop, tree in paths.segments(model.params):
+      for i in range(start, min(stop, last + 1)):
+        h, states[i] = through_block(
+          model.spec, tree, h, i, per_layer.get(i, ()), states.get(i), index=i - start
+        )
+    if -1 in per_layer:
+      states[-1] = at_head(model.spec, model.params, h, per_layer[-1], states.get(-1))
+  return covered(want, states)
+
+
+def by_layer(want: Wanted) -> dict[int, tuple[tuple[str, str], ...]]:
+  """Sort wanted statistics by layer, as (fold, tap) pairs; -1 is the head.
+
+  Args:
+    want: from `wanted`.
+
+  Returns:
+    Layer to its distinct (fold, tap) pairs.
+
+  Example:
+    >>> q, k = "layers/0/attn/q/kernel", "layers/0/attn/k/kernel"
+    >>> by_layer({("absmax", q): [], ("absmax", k): []})
+    {0: (('absmax', 'attn/in'),)}
+  """
+  out: dict[int, dict[tuple[str, str], None]] = {}
+  for fold, address in want:
+    out.setdefault(layer_of(address), {})[(fold, models.tap_of(address))] = None
+  return {i: tuple(sorted(pairs)) for i, pairs in out.items()}
+
+
+def layer_of(address: str) -> int:
+  """Return the layer an address lies in, -1 outside the layers.
+
+  Args:
+    address: a leaf's address.
+
+  Returns:
+    The layer index or -1.
+
+  Example:
+    >>> layer_of("layers/7/mlp/up/kernel"), layer_of("lm_head/kernel")
+    (7, -1)
+  """
+  parts = address.split("/")
+  return int(parts[1]) if parts[0] == "layers" else -1
+
+
+def covered(want: Wanted, states: Mapping[int, Any]) -> dict[tuple[str, str], Any]:
+  """Look every wanted statistic up and refuse one that saw no token.
+
+  Args:
+    want: from `wanted`.
+    states: layer to {(fold, tap): state}.
+
+  Returns:
+    (fold, address) to its state.
+
+  Raises:
+    ValueError: naming the address whose tap collected nothing.
+  """
+  out = {}
+  for fold, address in want:
+    state = (states.get(layer_of(address)) or {}).get((fold, models.tap_of(address)))
+    if state is None or not float(state.count) > 0:
+      raise ValueError(
+        f"{address}: the tap {models.tap_of(address)!r} collected nothing; the calibration "
+        "text is empty or the layer never ran"
+      )
+    out[(fold, address)] = state
+  return out
+
+
+def fisher(model: model_lib.Model, batches: Iterable[np.ndarray]) -> Mapping[str, Any]:
+  """Collect the diagonal empirical Fisher information of every leaf.
+
+  Args:
+    model: a model without compressed leaves.
+    batches: token batches.
+
+  Returns:
+    Address to the mean squared per-example gradient, float32.
+
+  Raises:
+    ValueError: if a leaf is compressed.
+  """
+  packed = [a for a, x in paths.walk(model.params).items() if leaves.is_leaf(x)]
+  if packed:
+    raise ValueError(
+      f"{packed[0]}: a compressed leaf has no gradient; take Fisher before compressing"
+    )
+  loss = _loss(model.spec)
+  total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), model.params)
+  count = 0
+  for tokens in batches:
+    total = stats.add_squared_gradients(total, model.params, jnp.asarray(tokens), loss=loss)
+    count += len(tokens)
+  return TreeView(total, lambda x: x / count)
+
+
+def embed(model: model_lib.Model, tokens: np.ndarray) -> jax.Array:
+  """Embed a batch of tokens.
+
+  Args:
+    model: the model.
+    tokens: (batch, length).
+
+  Returns:
+    The input of the first block.
+  """
+  outer = {k: v for k, v in model.params.items() if k != "layers"}
+  return _embed(model.spec, outer, jnp.asarray(tokens))
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "pairs"))
+def _through(
+  spec: Any, params: Any, index: Any, h: jax.Array, layer: jax.Array, pairs: tuple, states: Any
+) -> tuple[jax.Array, Any]:
+  if index is not None:
+    params = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), params)
+  out, seen = models.block(spec, params, h, layer=layer, observe=_observer(pairs))
+  return out, _merge(pairs, states, seen)
+
+
+def through_block(
+  spec: Any,
+  params: Any,
+  h: jax.Array,
+  layer: int,
+  pairs: Sequence[tuple[str, str]],
+  states: Any,
+  *,
+  index: int | None = None,
+) -> tuple[jax.Array, Any]:
+  """Run one block and add what its taps saw to the running statistics.
+
+  Args:
+    spec: architecture.
+    params: the layer's leaves, or a segment's stacked ones with `index`.
+    h: the block's input.
+    layer: which layer.
+    pairs: (fold, tap) to observe.
+    states: running statistics, or None.
+    index: the layer's place in the segment.
+
+  Returns:
+    (the block's output, statistics).
+  """
+  flat = None if states is None else tuple(states[p] for p in pairs)
+  where = None if index is None else jnp.int32(index)
+  h, flat = _through(spec, params, where, h, jnp.int32(layer), tuple(pairs), flat)
+  return h, dict(zip(pairs, flat, strict=True))
+
+
+def at_head(
+  spec: Any, params: Any, h: jax.Array, pairs: Sequence[tuple[str, str]], states: Any
+) -> Any:
+  """Add what the head's taps see to the running statistics.
+
+  Args:
+    spec: architecture.
+    params: all parameters; the layers are not read.
+    h: the last block's output.
+    pairs: (fold, tap) to observe.
+    states: running statistics, or None.
+
+  Returns:
+    Statistics.
+  """
+  outer = {k: v for k, v in params.items() if k != "layers"}
+  flat = None if states is None else tuple(states[p] for p in pairs)
+  flat = _head(spec, outer, h, tuple(pairs), flat)
+  return dict(zip(pairs, flat, strict=True))
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _embed(spec: Any, params: Any, tokens: jax.Array) -> jax.Array:
+  return models.embed(spec, params, tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "pairs"))
+def _head(spec: Any, params: Any, h: jax.Array, pairs: tuple, states: Any) -> Any:
+  seen: dict[str, Any] = {}
+  observer = _observer(pairs)
+
+  def observe(name: str, x: jax.Array) -> None:
+    seen[name] = observer(name, x)
+
+  models.head(spec, params, h, observe=observe)
+  return _merge(pairs, states, seen)
+
+
+def _observer(pairs: tuple[tuple[str, str], ...]) -> Callable[[str, jax.Array], Any]:
+  def observe(name: str, x: jax.Array) -> Any:
+    folds = [f for f, tap in pairs if tap == name]
+    if not folds:
+      return None
+    flat = x.reshape(-1, x.shape[-1])
+    return {f: stats.FOLDS[f].update(stats.FOLDS[f].init(x.shape[-1]), flat) for f in folds}
+
+  return observe
+
+
+def _merge(pairs: tuple[tuple[str, str], ...], states: Any, seen: Mapping[str, Any]) -> tuple:
+  new = tuple(seen[tap][fold] for fold, tap in pairs)
+  if states is None:
+    return new
+  return tuple(stats.FOLDS[f].merge(s, n) for (f, _), s, n in zip(pairs, states, new, strict=True))
+
+
+@functools.lru_cache(maxsize=32)
+def _loss(spec: Any) -> Callable[..., jax.Array]:
+  def loss(params: Any, tokens: jax.Array) -> jax.Array:
+    logits = models.forward(spec, params, tokens[:, :-1]).logits
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+  return loss
+
+
+def _some(batches: Any) -> bool:
+  return len(batches) > 0 if hasattr(batches, "__len__") else True
