@@ -2,6 +2,7 @@
 """Networks as pure functions of a static description and a tree of leaves."""
 
 from treesurgeon.models.decoder import Output, embed, forward, head
+from treesurgeon.models.generation import extend, generate, init_cache
 from treesurgeon.models.shapes import addresses, init
 from treesurgeon.models.spec import PER_LAYER, Spec
 from treesurgeon.models.stack import block
@@ -16,8 +17,11 @@ __all__ = [
   "addresses",
   "block",
   "embed",
+  "extend",
   "forward",
+  "generate",
   "head",
   "init",
+  "init_cache",
   "tap_of",
 ]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network as a function: embed, run the layers, read out.
 
-One pass serves decoders and encoders; `encoder.py` holds the parts only an encoder has. Parameters are
-a plain tree, every leaf of which may be compressed. Activations have the dtype of the token
-embeddings unless told otherwise; logits are float32.
+One pass serves decoders and encoders; `encoder.py` holds the parts only an encoder has.
+Parameters are a plain tree, every leaf of which may be compressed. Activations have the dtype of
+the token embeddings unless told otherwise; logits are float32.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from treesurgeon import kernels
@@ -38,11 +39,11 @@ class Output(NamedTuple):
 def forward(
   spec: specs.Spec,
   params: Mapping[str, Any],
-  tokens: Int[Array, "batch seq"],
+  tokens: Int[ArrayLike, "batch seq"],
   *,
-  positions: Int[Array, "batch seq"] | None = None,
-  mask: jax.Array | None = None,
-  types: Int[Array, "batch seq"] | None = None,
+  positions: Int[ArrayLike, "batch seq"] | None = None,
+  mask: ArrayLike | None = None,
+  types: Int[ArrayLike, "batch seq"] | None = None,
   observe: taps.Observe | None = None,
   patch: taps.Patch | None = None,
   remat: bool = False,
@@ -75,6 +76,7 @@ def forward(
     >>> out.logits.shape, out.observed["attn/in"].shape
     ((1, 3, 5), (2,))
   """
+  mask = None if mask is None else jnp.asarray(mask)
   if positions is None and spec.position_offset and mask is not None and mask.ndim == 2:
     positions = jnp.maximum(jnp.cumsum(mask != 0, axis=1) - 1, 0)
   outer = taps.Tap(observe, patch)
@@ -97,10 +99,10 @@ def forward(
 def embed(
   spec: specs.Spec,
   params: Mapping[str, Any],
-  tokens: Int[Array, "batch seq"],
-  positions: Int[Array, "batch seq"] | None = None,
+  tokens: Int[ArrayLike, "batch seq"],
+  positions: Int[ArrayLike, "batch seq"] | None = None,
   *,
-  types: Int[Array, "batch seq"] | None = None,
+  types: Int[ArrayLike, "batch seq"] | None = None,
 ) -> Float[Array, "batch seq dim"]:
   """Look the tokens up and add whatever positions and types the architecture has.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from treesurgeon import kernels
@@ -24,7 +25,7 @@ def add_types(
   spec: specs.Spec,
   tree: Mapping[str, Any],
   h: Float[Array, "batch seq dim"],
-  types: Int[Array, "batch seq"] | None = None,
+  types: Int[ArrayLike, "batch seq"] | None = None,
 ) -> Float[Array, "batch seq dim"]:
   """Add the embedding of each token's type.
 
@@ -82,7 +83,7 @@ def pool(
 
 
 def mean_pool(
-  hidden: Float[Array, "batch seq dim"], mask: Int[Array, "batch seq"]
+  hidden: Float[Array, "batch seq dim"], mask: Int[ArrayLike, "batch seq"]
 ) -> Float[Array, "batch dim"]:
   """Average the real tokens, the sentence vector of the MiniLM sentence encoders.
 

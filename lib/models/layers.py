@@ -3,9 +3,9 @@
 
 `Block(spec).apply({"params": p}, h, ...)` with one layer's parameters. Vaswani et al.,
 arXiv:1706.03762, with the switches of `Spec`. Modules read their leaves with `get_variable`, since
-a leaf may be a compressed container whose shape linen must not check, and every linear
-layer calls `kernels.matmul`, so a compressed model runs compressed. The number of heads is read off the
-activations, which lets one traced layer index run in networks whose layers are unequal.
+a leaf may be a compressed container whose shape linen must not check, and every linear layer
+calls `kernels.matmul`, so a compressed model runs compressed. The number of heads is read off
+the activations, so that one traced layer index runs in networks whose layers are unequal.
 """
 
 from __future__ import annotations
@@ -76,10 +76,9 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Map [..., in] to [..., features]."""
     kernel = _leaf(self, "kernel", (x.shape[-1], self.features), nn.initializers.normal(0.02))
-    if isinstance(kernel, jax.Array):
-      kernel = kernel.astype(x.dtype)
-    y = kernels.matmul(x, kernel).astype(x.dtype)
+    y = kernels.matmul(x, kernel)
     if self.bias:
       bias = _leaf(self, "bias", (self.features,), nn.initializers.zeros)
       y = y + _row(bias.astype(y.dtype), y.ndim)
@@ -94,6 +93,7 @@ class Norm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Normalize the last axis."""
     kind = self.kind or self.spec.norm
     plus_one = self.spec.norm_plus_one
     start = nn.initializers.zeros if plus_one else nn.initializers.ones
@@ -121,6 +121,7 @@ class Attention(nn.Module):
     cache: Any = None,
     start: Any = 0,
   ) -> tuple[jax.Array, Any]:
+    """Return the mixed and projected values, and the cache with the new keys and values."""
     s = self.spec
     one = s.at(layer) if isinstance(layer, int) else s.at(0)  # widths matter to `init` only
     x = tap("attn/in", x)
@@ -163,6 +164,7 @@ class Mlp(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, tap: taps.Tap, *, layer: int | jax.Array) -> jax.Array:
+    """Transform each position on its own."""
     s = self.spec
     width = s.per_layer("d_ff")[layer if isinstance(layer, int) else 0]
     act = ACTIVATIONS[s.activation]
@@ -193,6 +195,7 @@ class Block(nn.Module):
     cache: Any = None,
     start: Any = 0,
   ) -> tuple[jax.Array, Any]:
+    """Return the residual stream after the block, and the cache."""
     s = self.spec
     before = s.norm_place in ("pre", "sandwich")
     after = s.norm_place in ("post", "sandwich")

@@ -14,6 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from treesurgeon.models import spec as specs
@@ -21,7 +22,7 @@ from treesurgeon.models import spec as specs
 
 def rotate(
   x: Float[Array, "batch seq heads head_dim"],
-  positions: Int[Array, "batch seq"],
+  positions: Int[ArrayLike, "batch seq"],
   inv_freq: Float[Array, " half"],
   *,
   interleaved: bool = False,

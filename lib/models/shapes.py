@@ -3,8 +3,8 @@
 
 Initial values follow GPT-2 (Radford et al., 2019): normal with standard deviation 0.02, the
 kernels that write to the residual stream divided by sqrt(2 * num_layers). Each leaf draws from
-the key folded with the CRC-32 of its address, so it does not depend on the order of leaves or on how the
-layers are grouped into segments.
+the key folded with the CRC-32 of its address, so it depends neither on the order of leaves nor on
+how the layers are grouped into segments.
 """
 
 from __future__ import annotations

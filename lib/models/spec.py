@@ -237,9 +237,11 @@ class Spec:
       A tuple of (start, stop) pairs that partition the layers. Windows and rotary bases do not
       split a run: they are not parameters.
     """
-    shapes = list(zip(*(self.per_layer(n) for n in ("num_heads", "num_kv_heads", "d_ff"))))
+    shapes = list(
+      zip(*(self.per_layer(n) for n in ("num_heads", "num_kv_heads", "d_ff")), strict=True)
+    )
     cuts = [i for i in range(1, self.num_layers) if shapes[i] != shapes[i - 1]]
-    return tuple(zip([0, *cuts], [*cuts, self.num_layers]))
+    return tuple(zip([0, *cuts], [*cuts, self.num_layers], strict=True))
 
 
 def _check_positive(name: str, value: Any) -> None:
@@ -268,7 +270,8 @@ def _per_layer(name: str, value: Any, num_layers: int) -> Any:
 
 def _check_relations(spec: Spec) -> None:
   _check_positive("head_dim", spec.head_dim)
-  for i, (h, k) in enumerate(zip(spec.per_layer("num_heads"), spec.per_layer("num_kv_heads"))):
+  pairs = zip(spec.per_layer("num_heads"), spec.per_layer("num_kv_heads"), strict=True)
+  for i, (h, k) in enumerate(pairs):
     if h % k:
       raise ValueError(f"Spec.num_heads={h} is not a multiple of num_kv_heads={k} in layer {i}")
   if spec.rope_dim % 2 or not 0 < spec.rope_dim <= spec.head_dim:

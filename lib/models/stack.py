@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from treesurgeon.core import paths
@@ -27,7 +28,7 @@ def block(
   h: Float[Array, "batch seq dim"],
   *,
   layer: int | jax.Array,
-  positions: Int[Array, "batch seq"] | None = None,
+  positions: Int[ArrayLike, "batch seq"] | None = None,
   mask: jax.Array | None = None,
   observe: taps.Observe | None = None,
   patch: taps.Patch | None = None,
@@ -65,7 +66,7 @@ def run(
   params: Mapping[str, Any],
   h: Float[Array, "batch seq dim"],
   *,
-  positions: Int[Array, "batch seq"] | None = None,
+  positions: Int[ArrayLike, "batch seq"] | None = None,
   mask: jax.Array | None = None,
   observe: taps.Observe | None = None,
   patch: taps.Patch | None = None,

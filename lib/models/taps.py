@@ -81,6 +81,7 @@ class Tap:
     self._layer = layer
 
   def __call__(self, name: str, value: jax.Array) -> jax.Array:
+    """Return the value to go on with."""
     if self._patch is not None:
       value = self._patch(name, value, jnp.asarray(self._layer, jnp.int32))
     if self._observe is not None:
