@@ -17,7 +17,9 @@ DEV := $(VENV)/.stamp-dev
 PEERS_STAMP := $(PEERS)/.stamp
 PINS := setup.py pyproject.toml constraints.txt
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
-# -P keeps the root off sys.path, where kernels/ would shadow another package of that name.
+# The root stays off sys.path (-P, and the variable for what our processes start in turn): there
+# kernels/ would shadow another package of that name.
+export PYTHONSAFEPATH := 1
 PYTEST := -P -m pytest --numprocesses $(JOBS)
 SOURCES := setup.py .ci lib kernels experiments configs tests
 
@@ -48,16 +50,16 @@ test-peers: $(PEERS_STAMP)  ## compare with torch, transformers, peft and mergek
 	$(PEERS)/bin/python $(PYTEST) tests/peers $(ARGS)
 
 lint: $(DEV)  ## check style and formatting
-	$(BIN)/ruff check $(SOURCES)
-	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/python -m ruff check $(SOURCES)
+	$(BIN)/python -m ruff format --check $(SOURCES)
 
 format: $(DEV)  ## rewrite the code in the agreed format
-	$(BIN)/ruff check --fix $(SOURCES)
-	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/python -m ruff check --fix $(SOURCES)
+	$(BIN)/python -m ruff format $(SOURCES)
 
 types: $(DEV)  ## check types
 	$(BIN)/python .ci/shim.py
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python
 
 docs: $(CORE)  ## regenerate docs/methods.md from the registry
 	$(BIN)/python -P -m treesurgeon.experiments.ledger
