@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of the `treesurgeon` command.
+
+Mistakes of the user's end with one line on standard error and exit status 2; a defect of ours ends
+with a traceback and status 1. `--debug` shows the traceback of the former too.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+COMMANDS = ("apply", "merge", "eval", "inspect", "export", "list")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Run a subcommand and exit.
+
+  Args:
+    argv: arguments after the program's name; None takes the process's.
+
+  Raises:
+    SystemExit: always; 0 on success, 2 for a mistake of the user's.
+  """
+  sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(argv: list[str]) -> int:
+  """Run a subcommand.
+
+  Args:
+    argv: the subcommand and its arguments.
+
+  Returns:
+    The exit status.
+
+  Example:
+    >>> run(["list", "--names"]) in (0, 2)
+    ... # doctest: +ELLIPSIS
+    compress...
+    True
+  """
+  if not argv or argv[0] in ("-h", "--help", "help"):
+    print(_usage())
+    return 0
+  command, rest = argv[0], argv[1:]
+  if command not in COMMANDS:
+    near = difflib.get_close_matches(command, COMMANDS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
+    return _fail(f"unknown command {command!r}; {hint}")
+  module = importlib.import_module(f"treesurgeon.cli.{'list_' if command == 'list' else command}")
+  values = flags.FlagValues()
+  flags.DEFINE_bool("debug", False, "Show the traceback of a mistake.", flag_values=values)
+  module.define(values, rest)
+  if any(a in ("-h", "--help", "-help", "--helpfull") for a in rest):
+    print(f"{module.__doc__.strip()}\n\nFlags:\n{values.main_module_help() or values}")
+    return 0
+  debug = "--debug" in rest
+  try:
+    positional = values([f"treesurgeon {command}", *rest])[1:]
+    module.run(values, positional)
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+  except (flags.Error, ValueError, OSError, KeyError) as error:
+    if debug or not _users(error):
+      raise
+    return _fail(str(error))
+  return 0
+
+
+def required(values: flags.FlagValues, *names: str) -> None:
+  """Refuse a missing flag.
+
+  Args:
+    values: parsed flags.
+    *names: flags that must be given.
+
+  Raises:
+    ValueError: naming the first that is missing.
+  """
+  for name in names:
+    if not values[name].value:
+      raise ValueError(f"--{name} is required")
+
+
+def _users(error: BaseException) -> bool:
+  """Tell a mistake of the user's from a defect: KeyErrors that carry a message, and the rest."""
+  return not isinstance(error, KeyError) or " " in str(error)
+
+
+def _fail(message: str) -> int:
+  print(f"treesurgeon: {' '.join(message.split())}", file=sys.stderr)
+  return 2
+
+
+def _usage() -> str:
+  lines = ["usage: treesurgeon COMMAND [FLAGS]", ""]
+  for command in COMMANDS:
+    module = importlib.import_module(f"treesurgeon.cli.{'list_' if command == 'list' else command}")
+    lines.append(f"  {command:8} {module.__doc__.strip().splitlines()[0]}")
+  lines += ["", "treesurgeon COMMAND --help shows a command's flags."]
+  return "\n".join(lines)
