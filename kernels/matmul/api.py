@@ -1,13 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`matmul(x, leaf)`: one call for every kind of leaf."""
+"""`matmul(x, leaf)`: one call for every kind of leaf.
 
-from typing import Any
+The choice of an implementation is static: it depends on the platform, shapes and the leaf's
+format, never on values. A new backend adds one row to `IMPLEMENTATIONS`.
+"""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from treesurgeon.core import leaves
-from treesurgeon.kernels.matmul import reference
+from treesurgeon.kernels.matmul import reference, xla
+
+
+class Implementation(NamedTuple):
+  """One way to multiply by compressed leaves.
+
+  Attributes:
+    matmul: (x, leaf) -> product in float32.
+    unsupported: (x, leaf) -> why it cannot, or "".
+    platforms: where it is chosen by default; elsewhere only on request.
+  """
+
+  matmul: Callable[[jax.Array, Any], jax.Array]
+  unsupported: Callable[[jax.Array, Any], str]
+  platforms: tuple[str, ...]
+
+
+# In order of preference: the first that runs on the platform and supports the operands is chosen.
+IMPLEMENTATIONS = {
+  "grouped": Implementation(xla.grouped, xla.unsupported_grouped, ("gpu", "tpu")),
+  "chunked": Implementation(xla.chunked, xla.unsupported_chunked, ("cpu",)),
+  "reference": Implementation(reference.matmul, lambda x, leaf: "", ("cpu", "gpu", "tpu")),
+}
 
 
 def matmul(
@@ -15,19 +43,83 @@ def matmul(
 ) -> Float[Array, "*batch cols"]:
   """Multiply activations by a kernel matrix, dense or compressed.
 
+  A low-rank leaf is two thin products, a sum of leaves a sum of products in float32. Under
+  `vmap`, `scan` over stacked leaves, and differentiation it behaves like `jnp.matmul`.
+
   Args:
     x: activations, floating point.
     leaf: array or compressed leaf of logical shape (rows, cols).
-    implementation: "reference", or None to choose.
+    implementation: how to multiply by quantized, sparse and vector-quantized leaves, a name of
+      `IMPLEMENTATIONS`; None chooses by platform and shape.
 
   Returns:
-    `x @ leaf` in the dtype of `x`.
+    `x @ leaf`, accumulated in float32, in the dtype of `x`.
+
+  Raises:
+    ValueError: if shapes do not fit, or the named implementation cannot take the operands; the
+      message lists those that can.
 
   Example:
     >>> matmul(jnp.ones((1, 2)), jnp.ones((2, 3))).tolist()
     [[2.0, 2.0, 2.0]]
   """
-  del implementation
+  if implementation is not None and implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"matmul has no implementation {implementation!r}; it has {', '.join(IMPLEMENTATIONS)}"
+    )
   if not leaves.is_leaf(leaf):
     return jnp.matmul(x, jnp.asarray(leaf).astype(x.dtype))
-  return reference.matmul(x, leaf)
+  if leaf.ndim != 2 or x.shape[-1:] != (leaf.rows,):
+    raise ValueError(
+      f"matmul: x of shape {x.shape} does not fit a {type(leaf).__name__} of shape {leaf.shape}; "
+      "the leaf must be one (rows, cols) matrix (vmap over more) and x end in its rows"
+    )
+  return _product(x, leaf, implementation).astype(x.dtype)
+
+
+def supported(x: Float[Array, "*batch rows"], leaf: Any) -> list[str]:
+  """List the implementations that can multiply these operands, whatever the platform.
+
+  Args:
+    x: activations.
+    leaf: compressed leaf other than LowRank and Sum, which are composed of products.
+
+  Returns:
+    Names from `IMPLEMENTATIONS`, in order of preference.
+
+  Example:
+    >>> supported(jnp.ones((1, 4)), leaves.SparseTensor(jnp.ones((2, 1)), jnp.ones((1, 1), jnp.uint8), 4, 1, 2, 4))
+    ['reference']
+  """
+  return [name for name, i in IMPLEMENTATIONS.items() if not i.unsupported(x, leaf)]
+
+
+def _product(x: jax.Array, leaf: Any, implementation: str | None) -> jax.Array:
+  """Multiply and return float32."""
+  if isinstance(leaf, leaves.Sum):
+    total = _product(x, leaf.parts[0], implementation)
+    for part in leaf.parts[1:]:
+      total = total + _product(x, part, implementation)
+    return total
+  if isinstance(leaf, leaves.LowRank):
+    thin = reference.dot(x, leaf.a.astype(x.dtype)).astype(x.dtype)
+    return leaf.scale * reference.dot(thin, leaf.b.astype(x.dtype))
+  if not leaves.is_leaf(leaf):
+    return reference.dot(x, jnp.asarray(leaf).astype(x.dtype))
+  if implementation is None:
+    platform = _platform()
+    usable = [n for n in supported(x, leaf) if platform in IMPLEMENTATIONS[n].platforms]
+    return IMPLEMENTATIONS[usable[0]].matmul(x, leaf)
+  reason = IMPLEMENTATIONS[implementation].unsupported(x, leaf)
+  if reason:
+    raise ValueError(
+      f"matmul: {implementation!r} cannot multiply {x.shape} by this leaf: {reason}; "
+      f"supported here: {', '.join(supported(x, leaf))}"
+    )
+  return IMPLEMENTATIONS[implementation].matmul(x, leaf)
+
+
+def _platform() -> str:
+  """Name the platform: jax calls both "cuda" and "rocm" devices gpu."""
+  backend = jax.default_backend()
+  return backend if backend in ("cpu", "tpu") else "gpu"

@@ -22,13 +22,13 @@ def matmul(x: Float[Array, "*batch rows"], leaf: Any) -> Float[Array, "*batch co
     leaf: array or compressed leaf, logical shape (rows, cols).
 
   Returns:
-    The product, accumulated in float32, in the dtype of `x`.
+    The product in float32; the operands are rounded to the dtype of `x` first.
 
   Example:
     >>> matmul(jnp.ones((1, 2)), leaves.LowRank(jnp.ones((2, 1)), jnp.ones((1, 3)))).tolist()
     [[2.0, 2.0, 2.0]]
   """
-  return dot(x, leaves.dense(leaf).astype(x.dtype)).astype(x.dtype)
+  return dot(x, leaves.dense(leaf).astype(x.dtype))
 
 
 def dot(x: Float[Array, "*batch rows"], w: Float[Array, "rows cols"]) -> Float[Array, "*batch cols"]:

@@ -18,6 +18,10 @@ import numpy as np
 
 from treesurgeon.core import packing
 
+# A field that holds an array. Not annotated as one: jax rebuilds containers around whatever a tree
+# map returned (shapes, shardings, names), and tests check annotations at run time.
+Part = Any
+
 
 def _container(data: tuple[str, ...]) -> Callable[[type], type]:
   """Register a frozen dataclass as a pytree whose `data` fields are children, the rest static."""
@@ -86,10 +90,10 @@ class QuantizedTensor(Compressed):
     store: name of the dtype of the dense value.
   """
 
-  codes: jax.Array
-  scales: jax.Array
-  zeros: jax.Array | None
-  group_index: jax.Array | None
+  codes: Part
+  scales: Part
+  zeros: Part
+  group_index: Part
   rows: int
   cols: int
   bits: int
@@ -137,8 +141,8 @@ class SparseTensor(Compressed):
     n, m: how many are kept of how many.
   """
 
-  values: jax.Array
-  positions: jax.Array
+  values: Part
+  positions: Part
   rows: int
   cols: int
   n: int
@@ -173,8 +177,8 @@ class Codebook(Compressed):
     length: rows one entry covers.
   """
 
-  codes: jax.Array
-  codebook: jax.Array
+  codes: Part
+  codebook: Part
   rows: int
   cols: int
   bits: int
@@ -208,8 +212,8 @@ class LowRank(Compressed):
     scale: multiplier of the product (LoRA's alpha / rank).
   """
 
-  a: jax.Array
-  b: jax.Array
+  a: Part
+  b: Part
   scale: float = 1.0
 
   @property

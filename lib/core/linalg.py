@@ -60,3 +60,30 @@ def inverse_from_cholesky(low: Float[Array, "n n"]) -> Float[Array, "n n"]:
   eye = jnp.eye(low.shape[0], dtype=low.dtype)
   half = jax.scipy.linalg.solve_triangular(low, eye, lower=True)
   return half.T @ half
+
+
+def inverse_factor(
+  h: Float[Array, "n n"], damping: float | Float[Array, ""], *, tries: int = 6
+) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
+  """Factor the inverse of a damped matrix, (h + d I)⁻¹ = Uᵀ U, without forming the inverse.
+
+  With J the reversal, J h J = L Lᵀ gives h = R Rᵀ for the upper R = J L J, and U = R⁻¹: one
+  Cholesky factorization and one triangular solve, where inverting and factoring again takes
+  two of each and squares the rounding error.
+
+  Args:
+    h: symmetric positive semi-definite matrix.
+    damping: as in `damped_cholesky`.
+    tries: as in `damped_cholesky`.
+
+  Returns:
+    (upper factor U, the damping that was used). U holds NaN if every try failed.
+
+  Example:
+    >>> inverse_factor(4 * jnp.eye(2), 0.0)[0][0, 0].item()
+    0.5
+  """
+  low, used = damped_cholesky(h[::-1, ::-1], damping, tries=tries)
+  eye = jnp.eye(h.shape[0], dtype=low.dtype)
+  upper = jax.scipy.linalg.solve_triangular(low[::-1, ::-1], eye, lower=False)
+  return upper, used

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named operands that tests and benchmarks share."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from treesurgeon.core import leaves, packing
+
+
+@dataclasses.dataclass(frozen=True)
+class ArgSpec:
+  """Shapes and format of one product with a quantized matrix.
+
+  Attributes:
+    tokens, rows, cols: the product is (tokens, rows) @ (rows, cols).
+    bits, group_size: of the codes.
+    symmetric: whether there are no zero points.
+    dtype: of the activations.
+  """
+
+  tokens: int
+  rows: int
+  cols: int
+  bits: int = 4
+  group_size: int = 128
+  symmetric: bool = True
+  dtype: str = "float32"
+
+
+TESTS = {
+  "even": ArgSpec(3, 256, 24),
+  "remainder": ArgSpec(2, 300, 9, symmetric=False),
+  "odd rows": ArgSpec(2, 77, 5, bits=3, group_size=24, symmetric=False),
+  "odd group": ArgSpec(2, 50, 6, group_size=7),
+  "one group": ArgSpec(1, 333, 8, bits=8, group_size=333),
+  "long group": ArgSpec(2, 1200, 8, bits=2, group_size=400, symmetric=False),
+  "small groups": ArgSpec(5, 160, 7, bits=5, group_size=16, symmetric=False),
+  "one bit": ArgSpec(1, 130, 4, bits=1, group_size=64, symmetric=False),
+  "bfloat16": ArgSpec(2, 256, 16, dtype="bfloat16"),
+  "one row": ArgSpec(1, 1, 3, group_size=1),
+}
+BENCHMARKS = {
+  "decode": ArgSpec(1, 4096, 4096),
+  "batch 8": ArgSpec(8, 4096, 4096),
+  "prefill": ArgSpec(512, 4096, 4096),
+  "mlp": ArgSpec(1, 4096, 14336),
+}
+
+
+def operands(spec: ArgSpec, key: jax.Array) -> tuple[jax.Array, leaves.QuantizedTensor]:
+  """Draw random operands of a product.
+
+  Args:
+    spec: shapes and format.
+    key: random key.
+
+  Returns:
+    (x, leaf): activations of unit variance and a quantized matrix of variance 1 / rows.
+
+  Example:
+    >>> x, leaf = operands(TESTS["even"], jax.random.key(0))
+    >>> x.shape, leaf.shape
+    ((3, 256), (256, 24))
+  """
+  kx, kc, ks, kz = jax.random.split(key, 4)
+  groups = -(-spec.rows // spec.group_size)
+  top = 2**spec.bits
+  codes = jax.random.randint(kc, (spec.rows, spec.cols), 0, top).astype(jnp.uint8)
+  scales = jax.random.uniform(ks, (groups, spec.cols), minval=0.5, maxval=1.5)
+  zeros = None
+  if not spec.symmetric:
+    zeros = jax.random.randint(kz, scales.shape, 0, top).astype(jnp.uint8)
+  leaf = leaves.QuantizedTensor(
+    packing.pack(codes, bits=spec.bits), scales * (4 / top / spec.rows**0.5), zeros, None,
+    rows=spec.rows, cols=spec.cols, bits=spec.bits, group_size=spec.group_size,
+  )  # fmt: skip
+  return jax.random.normal(kx, (spec.tokens, spec.rows), jnp.dtype(spec.dtype)), leaf
