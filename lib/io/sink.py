@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a model as a Hugging Face directory, leaf by leaf or whole."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from treesurgeon.core import leaves, lineage, model
+from treesurgeon.io import card, checkpoint, packed, safetensors, writer
+from treesurgeon.models import hf
+
+# Files that belong to a model and that surgery does not change.
+COMPANIONS = (
+  "generation_config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json",
+  "added_tokens.json", "chat_template*", "spiece.model", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+_README = "README.md"
+
+
+class Sink:
+  """Take leaves in any order and write each as soon as its tensor is complete.
+
+  Leaves that a file fuses (GPT-2's q, k and v) wait for each other. A sink is a context manager
+  that gives up unless `close` was called.
+
+  Args:
+    directory: the output, which must not exist unless `overwrite`.
+    spec: architecture of the model written.
+    overwrite: replace an existing output when the new one is complete.
+    max_shard_bytes: data bytes after which a new file begins.
+    companions: directory from which tokenizer, generation config and license are copied.
+    job: fingerprint of everything the leaves depend on; a run with the fingerprint of a killed one
+      resumes it.
+
+  Raises:
+    ValueError: if the output exists, is being written by another process, or the family has
+      no tensor names.
+  """
+
+  def __init__(
+    self,
+    directory: str | Path,
+    spec: Any,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int | float = writer.MAX_SHARD_BYTES,
+    companions: str | Path | None = None,
+    job: str | None = None,
+  ):
+    self.spec = spec
+    self._companions = None if companions is None else safetensors.check_folder(companions)
+    self._entries = hf.entries(spec)
+    self._owner = {a: e for e in self._entries for a in e.address}
+    self._pending: dict[str, dict[str, Any]] = {}
+    self._written: set[str] = set()
+    # Room for a header in which every kernel is compressed into three parts.
+    room = 4096 + 600 * len(self._entries)
+    self._writer = writer.Writer(
+      directory, max_shard_bytes=max_shard_bytes, overwrite=overwrite, job=job,
+      header_bytes=min(1 << 22, -(-room // 4096) * 4096),
+    )  # fmt: skip
+
+  def __enter__(self) -> "Sink":
+    return self
+
+  def __exit__(self, kind: Any, *rest: Any) -> None:
+    del rest
+    if not self._closed:
+      self._writer.abort()
+
+  _closed = False
+
+  def done(self, address: str) -> bool:
+    """Tell whether a killed run of the same job has finished this leaf."""
+    entry = self._entry(address)
+    base = entry.name if len(entry.address) == 1 else address
+    note = self._writer.notes.get(base)
+    if note is not None:
+      return all(self._writer.done(packed.join(base, p)) for p in note["parts"])
+    return self._writer.done(entry.name)
+
+  def write(self, address: str, leaf: Any) -> None:
+    """Write one leaf, or keep it until the rest of its fused tensor comes.
+
+    Args:
+      address: where it belongs.
+      leaf: array or compressed leaf.
+
+    Raises:
+      ValueError: for an unknown address, a wrong shape, or a dtype no file can hold.
+      OSError: if the disk is full.
+    """
+    entry = self._entry(address)
+    want = tuple(hf.address_shape(self.spec, address))
+    if tuple(leaf.shape) != want:
+      raise ValueError(f"leaf {address} has shape {tuple(leaf.shape)}; the spec says {want}")
+    self._written.add(address)
+    if self.done(address):
+      return
+    waiting = self._pending.setdefault(entry.name, {})
+    waiting[address] = leaf
+    absent = [a for a in entry.address if a not in waiting and not self.done(a)]
+    if absent:
+      return
+    del self._pending[entry.name]
+    if len(waiting) == len(entry.address) and not any(map(leaves.is_leaf, waiting.values())):
+      host = {a: np.asarray(x) for a, x in waiting.items()}
+      self._writer.write(entry.name, hf.to_tensor(self.spec, entry, host))
+      return
+    for a, x in waiting.items():
+      self._write_parts(entry.name if len(entry.address) == 1 else a, x)
+
+  def close(
+    self,
+    records: Sequence[lineage.Record] = (),
+    *,
+    inputs: Mapping[str, str] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+  ) -> Path:
+    """Write config, companions, model card and lineage, and put the directory in its place.
+
+    Args:
+      records: the model's whole lineage, oldest first.
+      inputs: input file to sha256.
+      evaluation: measure to value, or to {"before", "after"}.
+
+    Returns:
+      The output directory.
+
+    Raises:
+      ValueError: if a leaf was never written.
+    """
+    absent = [a for a in self._owner if a not in self._written and not self.done(a)]
+    if absent:
+      raise ValueError(
+        f"{self._writer.stage.directory}: {len(absent)} leaves were never written: "
+        f"{', '.join(absent[:5])}"
+      )
+    stage, evaluation = self._writer.stage, evaluation or {}
+    files = self._writer.seal()
+    metas = {base: note["meta"] for base, note in self._writer.notes.items()}
+    config = hf.to_config(self.spec) | packed.describe(metas)
+    _set_dtype(config, safetensors.Tensors(list(files.values())))
+    stage.text(checkpoint.CONFIG, json.dumps(config, indent=2) + "\n")
+    for path in _companions(self._companions):
+      stage.copy(path)
+    fields = hf.unsupported(self.spec)
+    reasons = (["its config cannot say: " + ", ".join(fields)] if fields else []) + (
+      ["it holds compressed leaves"] if metas else []
+    )
+    text = card.model_card(
+      stage.directory.name, records, config=config, evaluation=evaluation, ours_only=reasons
+    )
+    stage.text(_README, text)
+    names = [checkpoint.CONFIG, _README, *(p.name for p in _companions(self._companions))]
+    digests = checkpoint.hash_files([stage.path / n for n in names])
+    weights = checkpoint.hash_files(list(files.values()))
+    digests |= {name: weights[path.name] for name, path in files.items()}
+    content = card.lineage_json(
+      records, inputs=inputs or {}, outputs=digests, evaluation=evaluation
+    )
+    stage.text(checkpoint.LINEAGE, content)
+    self._writer.commit()
+    self._closed = True
+    return stage.directory
+
+  def _entry(self, address: str) -> hf.Entry:
+    if address not in self._owner:
+      hf.address_shape(self.spec, address)  # raises for an address that the spec lacks
+      raise ValueError(f"no tensor of a {self.spec.family} file holds the leaf {address!r}")
+    return self._owner[address]
+
+  def _write_parts(self, base: str, leaf: Any) -> None:
+    meta, arrays = leaves.to_parts(leaf)
+    host = {part: np.asarray(x) for part, x in arrays.items()}
+    # Wide items first, which keeps them aligned in the file.
+    order = sorted(host, key=lambda part: (-host[part].dtype.itemsize, part))
+    self._writer.notes[base] = {"meta": meta, "parts": order}
+    for part in order:
+      self._writer.write(packed.join(base, part), host[part])
+
+
+def save(
+  m: model.Model,
+  directory: str | Path,
+  *,
+  overwrite: bool = False,
+  max_shard_bytes: int | float = writer.MAX_SHARD_BYTES,
+  tokenizer_from: str | Path | None = None,
+  dtype: Any = None,
+  inputs: Mapping[str, str] | None = None,
+  evaluation: Mapping[str, Any] | None = None,
+) -> Path:
+  """Write a model as a Hugging Face directory, atomically.
+
+  Args:
+    m: the model.
+    directory: the output, which must not exist unless `overwrite`.
+    overwrite: replace an existing output when the new one is complete.
+    max_shard_bytes: data bytes after which a new file begins.
+    tokenizer_from: directory whose tokenizer, generation config and license come along.
+    dtype: what floating arrays become; None keeps theirs. Compressed leaves stay.
+    inputs: input file to sha256, for the lineage.
+    evaluation: measures, for the lineage and the card.
+
+  Returns:
+    The output directory.
+
+  Raises:
+    ValueError: if the output exists, or a leaf does not fit the spec.
+    OSError: if the disk is full.
+
+  Example:
+    >>> import jax, tempfile
+    >>> from treesurgeon import io, models
+    >>> spec = models.Spec(vocab_size=5, d_model=4, num_layers=1, num_heads=1, d_ff=8)
+    >>> m = model.Model(spec, models.init(spec, jax.random.key(0)))
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...   out = io.save(m, f"{root}/out")
+    ...   io.load(out).addresses() == m.addresses()
+    True
+  """
+  with Sink(
+    directory, m.spec, overwrite=overwrite, max_shard_bytes=max_shard_bytes,
+    companions=tokenizer_from,
+  ) as sink:  # fmt: skip
+    for entry in hf.entries(m.spec):
+      for address in entry.address:
+        leaf = m.leaf(address)
+        plain = not leaves.is_leaf(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        sink.write(address, leaf.astype(dtype) if dtype is not None and plain else leaf)
+    return sink.close(m.lineage, inputs=inputs, evaluation=evaluation)
+
+
+def _companions(directory: Path | None) -> list[Path]:
+  if directory is None:
+    return []
+  found = {p for pattern in COMPANIONS for p in directory.glob(pattern) if p.is_file()}
+  return sorted(found)
+
+
+def _set_dtype(config: dict[str, Any], tensors: safetensors.Tensors) -> None:
+  """Name the dtype of most bytes, under the key the config uses."""
+  held: Counter[str] = Counter()
+  for name in tensors:
+    info = tensors.info(name)
+    if info.dtype.name in ("float16", "bfloat16", "float32", "float64"):
+      held[info.dtype.name] += info.stop - info.start
+  if held:
+    config["dtype" if "dtype" in config else "torch_dtype"] = held.most_common(1)[0][0]
