@@ -169,15 +169,14 @@ def _wsd(t: jax.Array, steps: int, final: float, cooldown: float) -> jax.Array:
 
 def _unknown(what: str, name: str, table: Mapping[str, Any]) -> Any:
   near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.4)
-  hint = f"; did you mean {near[0]!r}?" if near else ""
-  raise ValueError(f"unknown {what} {name!r}{hint} valid: {', '.join(sorted(table))}")
+  hint = f"did you mean {near[0]!r}? " if near else ""
+  raise ValueError(f"unknown {what} {name!r}; {hint}valid: {', '.join(sorted(table))}")
 
 
 DIRECTIONS: Mapping[str, Callable[[float, float, float], optax.GradientTransformation]] = {
   "adamw": lambda b1, b2, eps: optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
   "lion": lambda b1, b2, eps: optax.scale_by_lion(b1=b1, b2=b2),
   "sgd": lambda b1, b2, eps: optax.trace(decay=b1) if b1 else optax.identity(),
-  "adafactor": lambda b1, b2, eps: optax.scale_by_factored_rms(epsilon=eps),
 }
 SCHEDULES: Mapping[str, Callable[[jax.Array, int, float, float], jax.Array]] = {
   "constant": _constant,

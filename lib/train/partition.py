@@ -109,7 +109,7 @@ def join(train: Any, frozen: Any, mask: Any) -> Any:
     {'a': 1, 'b': 2}
   """
   flags, structure = jax.tree.flatten(mask)
-  parts = [jax.tree.leaves(t, is_leaf=_empty) for t in (train, frozen)]
+  parts = [structure.flatten_up_to(t) for t in (train, frozen)]
   out = []
   for m, x, y in zip(flags, *parts, strict=True):
     if isinstance(m, np.ndarray):
@@ -145,7 +145,3 @@ def _mark(leaf: Any, hit: Any, types: Sequence[str] | None) -> Any:
     return hit if floating and (types is None or kind in types) else False
 
   return jax.tree.map(one, leaf)
-
-
-def _empty(x: Any) -> bool:
-  return x is None

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training costs, from the architecture alone: the clock by which runs are compared.
+
+Kaplan et al. (arXiv:2001.08361, section 2.1) count 6 operations a weight and token. We count the
+weights that multiply activations, so the head (also a tied one) but no table that is only looked
+up, and add attention's two products as Chowdhery et al. (arXiv:2204.02311, appendix B) do.
+"""
+
+from typing import Any
+
+from treesurgeon import models
+
+
+def train_flops(spec: Any, tokens: int, seq: int) -> float:
+  """Count the floating-point operations of training on tokens: forward, and backward twice that.
+
+  Causal attention counts in full, half of it being masked; a window counts as far as it reaches.
+  Recomputed activations do not count, since they are no progress.
+
+  Args:
+    spec: the architecture.
+    tokens: how many tokens.
+    seq: tokens in a sequence.
+
+  Returns:
+    Operations, a multiplication and an addition being two.
+
+  Example:
+    >>> spec = models.Spec(vocab_size=8, d_model=4, num_layers=2, num_heads=1, d_ff=8)
+    >>> train_flops(spec, 10, 5)
+    23520.0
+  """
+  attention = 0
+  for heads, window in zip(spec.per_layer("num_heads"), spec.per_layer("window"), strict=True):
+    reach = min(seq, window) if window else seq
+    attention += 12 * heads * spec.head_dim * reach
+  return float(tokens) * (6 * weights(spec) + attention)
+
+
+def weights(spec: Any) -> int:
+  """Count the weights that multiply activations once a token.
+
+  Args:
+    spec: the architecture.
+
+  Returns:
+    The entries of all kernels, and of the embedding where it is the head too.
+
+  Example:
+    >>> weights(models.Spec(vocab_size=8, d_model=4, num_layers=2, num_heads=1, d_ff=8))
+    352
+  """
+  total = 0
+  for address, shape in models.addresses(spec).items():
+    if address.endswith("/kernel") and not address.startswith("pooler"):
+      total += shape[0] * shape[1]
+  tied_head = spec.tied and (spec.kind == "decoder" or spec.mlm_head)
+  return total + (spec.vocab_size * spec.d_model if tied_head else 0)
