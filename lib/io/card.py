@@ -60,14 +60,15 @@ def model_card(
     Markdown text with the hub's front matter.
 
   Example:
-    >>> text = model_card("small", [lineage.Record("grow.g_stack(growth=2)")], config={}, evaluation={})
+    >>> done = [lineage.Record("grow.g_stack(growth=2)")]
+    >>> text = model_card("small", done, config={}, evaluation={})
     >>> "1. `grow.g_stack(growth=2)`" in text
     True
   """
   library = "treesurgeon" if ours_only else "transformers"
   lines = ["---", f"library_name: {library}", "tags:", "- treesurgeon", "---", "", f"# {name}", ""]
   kind = config.get("model_type", "transformer")
-  lines += [f"A {kind} model made with treesurgeon. The terms of the models it was made from apply."]
+  lines += [f"A {kind} model made with treesurgeon.", "", "The terms of its source models apply."]
   lines += ["", "## How it was made", ""]
   for i, record in enumerate(records, 1):
     lines.append(f"{i}. `{record.expression}`, seed {record.seed}, driver `{record.driver}`")

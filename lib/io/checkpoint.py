@@ -167,7 +167,7 @@ class Checkpoint:
     if missing or extra:
       kinds = (("missing", missing), ("unexpected", extra))
       told = [f"{len(x)} {word}: {', '.join(x[:5])}" for word, x in kinds if x]
-      hint = "; config.json has a quantization_config: give the unquantized model" if quantized else ""
+      hint = "; it has a quantization_config: give the unquantized model" if quantized else ""
       raise ValueError(
         f"{self.directory}: the tensors do not fit config.json; {'; '.join(told)}{hint}"
       )

@@ -69,7 +69,8 @@ def parse(raw: bytes, *, data_bytes: int, file: str) -> dict[str, Info]:
     ValueError: naming the file, the tensor, the value and what would be valid.
 
   Example:
-    >>> parse(b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', data_bytes=8, file="f")["w"].shape
+    >>> raw = b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    >>> parse(raw, data_bytes=8, file="model.safetensors")["w"].shape
     (2,)
   """
   try:

@@ -3,8 +3,8 @@
 
 The part `codes` of the kernel that a plain file would call `model.layers.0.mlp.up_proj.weight` is
 the tensor `model.layers.0.mlp.up_proj.weight::codes`; the config's key `treesurgeon_leaves` tells
-what the parts make up. A leaf that its family's files fuse with others (GPT-2's q, k and v) goes by its
-address instead, `layers/0/attn/q/kernel::codes`, and so do its dense companions.
+what the parts make up. A leaf that its family's files fuse with others (GPT-2's q, k and v) goes
+by its address instead, `layers/0/attn/q/kernel::codes`, and so do its dense companions.
 """
 
 import functools

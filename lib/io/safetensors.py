@@ -84,9 +84,7 @@ class Tensors(Mapping[str, np.ndarray]):
       if name not in self._found:
         raise ValueError(f"{path}: tensor {name!r} is missing, though the index lists it there")
       if self.file(name) != path:
-        raise ValueError(
-          f"tensor {name!r} is in {self.file(name)}, but the index says {path.name}"
-        )
+        raise ValueError(f"tensor {name!r} is in {self.file(name)}, but the index says {path.name}")
     extra = [name for name in self._found if name not in index]
     if extra:
       raise ValueError(f"{self.file(extra[0])}: tensor {extra[0]!r} is not listed in the index")
@@ -221,7 +219,7 @@ def _read_index(path: Path) -> dict[str, Path]:
   try:
     table = json.loads(path.read_bytes().decode("utf-8"))["weight_map"]
   except (ValueError, RecursionError, KeyError, TypeError) as error:
-    raise ValueError(f"{path}: not an index: expected JSON with a weight_map ({error!r})") from error
+    raise ValueError(f"{path}: expected JSON with a weight_map; {error!r}") from error
   if not isinstance(table, dict) or not table:
     raise ValueError(f"{path}: weight_map must be an object that maps tensors to files")
   found = {}
@@ -236,8 +234,8 @@ def _read_index(path: Path) -> dict[str, Path]:
   absent = sorted({str(p) for p in found.values() if not p.is_file()})
   if absent:
     raise ValueError(
-      f"{path}: missing shard {absent[0]} ({len(absent)} of {len(set(found.values()))} are absent); "
-      "download it again"
+      f"{path}: missing shard {absent[0]} ({len(absent)} of {len(set(found.values()))} are "
+      "absent); download it again"
     )
   return found
 

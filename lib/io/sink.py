@@ -149,10 +149,7 @@ class Sink:
     stage.text(checkpoint.CONFIG, json.dumps(config, indent=2) + "\n")
     for path in _companions(self._companions):
       stage.copy(path)
-    fields = hf.unsupported(self.spec)
-    reasons = (["its config cannot say: " + ", ".join(fields)] if fields else []) + (
-      ["it holds compressed leaves"] if metas else []
-    )
+    reasons = _reasons(self.spec, metas)
     text = card.model_card(
       stage.directory.name, records, config=config, evaluation=evaluation, ours_only=reasons
     )
@@ -242,6 +239,17 @@ def _companions(directory: Path | None) -> list[Path]:
     return []
   found = {p for pattern in COMPANIONS for p in directory.glob(pattern) if p.is_file()}
   return sorted(found)
+
+
+def _reasons(spec: Any, metas: Mapping[str, Any]) -> list[str]:
+  """Say why only we can load the output; nothing if others can."""
+  fields = hf.unsupported(spec)
+  reasons = ["it holds compressed leaves"] if metas else []
+  if spec.family == "treesurgeon":
+    reasons.append("its architecture is described in our own terms")
+  elif fields:
+    reasons.append(f"a {spec.family} config cannot express its {', '.join(fields)}")
+  return reasons
 
 
 def _set_dtype(config: dict[str, Any], tensors: safetensors.Tensors) -> None:

@@ -88,11 +88,7 @@ class Staging:
       check_output(self.directory, self._overwrite)
       (self.path / LOCK).unlink()
       sync_folder(self.path)
-      if self.directory.is_symlink() or self.directory.exists():
-        os.rename(self.directory, self._backup)
-      os.rename(self.path, self.directory)
-      sync_folder(self.directory.parent)
-      self._remove_backup()
+      replace(self.directory, self.path)
     self._lock.close()
 
   def abort(self, *, keep: bool) -> None:
@@ -123,20 +119,14 @@ class Staging:
       fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       raise ValueError(
-        f"{self.directory} is being written by another process; wait for it or choose another output"
+        f"{self.directory} is being written by another process; wait or choose another output"
       ) from error
     if self._backup.exists() or self._backup.is_symlink():
       if self.directory.exists():
-        self._remove_backup()
+        _remove(self._backup)
       else:
         os.rename(self._backup, self.directory)
       check_output(self.directory, self._overwrite)
-
-  def _remove_backup(self) -> None:
-    if self._backup.is_symlink():
-      self._backup.unlink()
-    elif self._backup.exists():
-      shutil.rmtree(self._backup)
 
 
 def check_output(directory: str | Path, overwrite: bool) -> None:
@@ -162,6 +152,21 @@ def check_output(directory: str | Path, overwrite: bool) -> None:
     )
 
 
+def replace(directory: Path, new: Path) -> None:
+  """Rename a complete directory into place, moving what is there aside until it is done.
+
+  Args:
+    directory: where it goes.
+    new: the complete directory, on the same file system.
+  """
+  backup = directory.with_name(f".{directory.name}.old")
+  if directory.is_symlink() or directory.exists():
+    os.rename(directory, backup)
+  os.rename(new, directory)
+  sync_folder(directory.parent)
+  _remove(backup)
+
+
 def sync_folder(path: Path) -> None:
   """Make renames and new files in a directory survive a power loss.
 
@@ -173,3 +178,10 @@ def sync_folder(path: Path) -> None:
     os.fsync(fd)
   finally:
     os.close(fd)
+
+
+def _remove(path: Path) -> None:
+  if path.is_symlink():
+    path.unlink()
+  elif path.exists():
+    shutil.rmtree(path)
