@@ -36,7 +36,44 @@ class Entry:
   note: str = ""
 
 
-TABLE: dict[str, Entry] = {}
+TABLE: dict[str, Entry] = {
+  "edit.unlearn.task_negation": Entry(
+    factory="treesurgeon.edit.unlearn.task_negation:task_negation",
+    paper="Ilharco et al., Editing models with task arithmetic, 2022, arXiv 2212.04089",
+    oracle="tests/edit/unlearn/task_negation_test.py",
+    note="section 3, forgetting via negation",
+  ),
+  "grow.g_stack": Entry(
+    factory="treesurgeon.grow.g_stack:g_stack",
+    paper="Du et al., Stacking your transformers, 2024, arXiv 2405.15319",
+    oracle="tests/grow/g_stack_test.py",
+    note="does not preserve the function; optimizer moments are gathered along",
+  ),
+  "grow.interpolate": Entry(
+    factory="treesurgeon.grow.interpolate:interpolate",
+    paper="Du et al., Stacking your transformers, 2024, arXiv 2405.15319",
+    oracle="tests/grow/g_stack_test.py",
+    note="the variant the paper finds worse than stacking",
+  ),
+  "merge.linear": Entry(
+    factory="treesurgeon.merge.linear:linear",
+    paper="Wortsman et al., Model soups, 2022, arXiv 2203.05482",
+    oracle="tests/merge/linear_test.py",
+    note="equals mergekit 0.1.5; tests/peers/merge_test.py",
+  ),
+  "merge.task_arithmetic": Entry(
+    factory="treesurgeon.merge.task_arithmetic:task_arithmetic",
+    paper="Ilharco et al., Editing models with task arithmetic, 2022, arXiv 2212.04089",
+    oracle="tests/merge/task_arithmetic_test.py",
+    note="equals mergekit 0.1.5; tests/peers/merge_test.py",
+  ),
+  "merge.ties": Entry(
+    factory="treesurgeon.merge.ties:ties",
+    paper="Yadav et al., TIES-Merging, 2023, arXiv 2306.01708",
+    oracle="tests/merge/ties_test.py",
+    note="equals mergekit 0.1.5 by tensor, the paper with granularity='global'",
+  ),
+}
 
 
 def load(name: str) -> Callable[..., step.Transform]:

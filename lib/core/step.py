@@ -21,6 +21,7 @@ from treesurgeon.core import leaves, model, needs, paths
 Units = list[tuple[str, ...]]
 KERNELS = r"(?:.*/)?kernel"
 BLOCK_KERNELS = r"layers/.*/kernel"
+_SCOPES = ("leaf", "block", "model")
 
 
 class Step(NamedTuple):
@@ -198,9 +199,9 @@ def over_leaves(
     >>> double.apply(m, {}, jax.random.key(0)).leaf("w").tolist()
     [2.0, 2.0]
   """
-  pattern = _both(default if select is None else select, domain)
+  pattern = both(default if select is None else select, domain)
   wants = dict(wants or {})
-  compiled = _compile(fn, tuple(sorted(hyper.items())))
+  call = compiled(fn, tuple(sorted(hyper.items())))
 
   def apply(m: model.Model, evidence: needs.Evidence, key: jax.Array) -> model.Model:
     changes = {}
@@ -209,12 +210,14 @@ def over_leaves(
         continue
       w = m.leaf(address)
       given = {name: evidence[name][address] for name in wants}
-      _check_donors(address, w, given, wants)
+      for name, need in wants.items():
+        if isinstance(need, needs.Donors):
+          check_donors(address, w, given[name])
       if not raw:
         w, given = leaves.map_leaves(leaves.dense, (w, given))
       if random:
         given["key"] = leaf_key(key, address)
-      changes[address] = compiled(w, given)
+      changes[address] = call(w, given)
     return m.update(changes)
 
   def units(names: Sequence[str]) -> Units:
@@ -222,7 +225,7 @@ def over_leaves(
 
   def reselect(narrower: str) -> Step:
     return over_leaves(
-      fn, hyper=hyper, select=narrower if select is None else _both(select, narrower),
+      fn, hyper=hyper, select=narrower if select is None else both(select, narrower),
       default=default, domain=domain, wants=wants, random=random, raw=raw, scope=scope,
     )  # fmt: skip
 
@@ -259,7 +262,7 @@ def over_groups(
     >>> add.apply(m, {}, jax.random.key(0)).leaf("x/a").item()
     2.0
   """
-  compiled = _compile(fn, tuple(sorted(hyper.items())))
+  call = compiled(fn, tuple(sorted(hyper.items())))
   wants = dict(wants or {})
 
   def gather(names: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -278,7 +281,7 @@ def over_groups(
       w, given = leaves.map_leaves(leaves.dense, (w, given))
       if random:
         given["key"] = leaf_key(key, group)
-      out = compiled(w, given)
+      out = call(w, given)
       changes.update({roles[r]: leaf for r, leaf in out.items()})
     return m.update(changes)
 
@@ -332,7 +335,7 @@ def by_path(rules: Sequence[tuple[str, Transform]]) -> Transform:
     return [u for step in narrowed for u in step.units(names)]
 
   wants = {f"{i}.{n}": need for i, step in enumerate(narrowed) for n, need in step.needs.items()}
-  scope = "block" if any(s.scope == "block" for s in narrowed) else "leaf"
+  scope = max((s.scope for s in narrowed), key=_SCOPES.index, default="leaf")
   rules_spelled = ", ".join(f"({p!r}, {spell(t)})" for p, t in rules)
   info = {
     "name": "by_path",
@@ -360,36 +363,60 @@ def leaf_key(key: jax.Array, address: str) -> jax.Array:
   return jax.random.fold_in(key, zlib.crc32(address.encode()))
 
 
-def _check_donors(
-  address: str, w: Any, given: Mapping[str, Any], wants: Mapping[str, needs.Need]
-) -> None:
-  for name, need in wants.items():
-    if isinstance(need, needs.Donors):
-      for i, d in enumerate(given[name]):
-        if tuple(d.shape) != tuple(w.shape):
-          raise ValueError(
-            f"{address}: donor {i} has shape {tuple(d.shape)}, the base has {tuple(w.shape)}; "
-            "merged models must have equal shapes"
-          )
+def check_donors(address: str, w: Any, donors: Sequence[Any]) -> None:
+  """Refuse donors whose leaf differs in shape from the base's.
+
+  Args:
+    address: the leaf's address, for the message.
+    w: the base's leaf.
+    donors: the donors' leaves.
+
+  Raises:
+    ValueError: naming the address and both shapes.
+  """
+  for i, d in enumerate(donors):
+    if tuple(d.shape) != tuple(w.shape):
+      raise ValueError(
+        f"{address}: donor {i} has shape {tuple(d.shape)}, the base has {tuple(w.shape)}; "
+        "merged models must have equal shapes"
+      )
 
 
-def _both(a: str, b: str) -> str:
+def both(a: str, b: str) -> str:
+  """Write the regular expression that matches in full what two others match in full.
+
+  Args:
+    a: regular expression.
+    b: regular expression.
+
+  Returns:
+    Their conjunction.
+
+  Example:
+    >>> bool(re.fullmatch(both("a.*", ".*b"), "ab")), bool(re.fullmatch(both("a.*", ".*b"), "a"))
+    (True, False)
+  """
   return a if a == b else rf"(?=(?:{a})\Z)(?:{b})"
 
 
-def _aim(wants: Mapping[str, needs.Need], pattern: str) -> dict[str, needs.Need]:
-  """Point statistics without a selection of their own at the step's."""
-  return {
-    name: needs.Statistic(need.fold, pattern)
-    if isinstance(need, needs.Statistic) and need.select is None
-    else need
-    for name, need in wants.items()
-  }
-
-
 @functools.lru_cache(maxsize=512)
-def _compile(fn: Callable[..., Any], hyper: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-  """Jit `fn` once for each set of hyper-parameters; steps built twice share the program."""
+def compiled(fn: Callable[..., Any], hyper: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+  """Jit `fn(w, **given, **hyper)` once for each set of hyper-parameters, for any sharding of `w`.
+
+  Steps built twice share the program. Where `w` lives on a mesh with explicit axes the program
+  runs with automatic ones, so `fn` need not know about meshes.
+
+  Args:
+    fn: array function of a leaf, or a tree of leaves, and keyword evidence.
+    hyper: keyword arguments as sorted pairs, hashable.
+
+  Returns:
+    A function of (w, given).
+
+  Example:
+    >>> compiled(lambda w, by, factor: w + factor * by, (("factor", 2.0),))(1.0, {"by": 3.0}).item()
+    7.0
+  """
 
   def call(w: Any, given: Mapping[str, Any]) -> Any:
     return fn(w, **given, **dict(hyper))
@@ -403,6 +430,16 @@ def _compile(fn: Callable[..., Any], hyper: tuple[tuple[str, Any], ...]) -> Call
     return _under_auto_axes(call, w, given, mesh)
 
   return run
+
+
+def _aim(wants: Mapping[str, needs.Need], pattern: str) -> dict[str, needs.Need]:
+  """Point statistics without a selection of their own at the step's."""
+  return {
+    name: needs.Statistic(need.fold, pattern)
+    if isinstance(need, needs.Statistic) and need.select is None
+    else need
+    for name, need in wants.items()
+  }
 
 
 def _explicit_mesh(w: Any) -> Any:

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Combine models of one architecture into one, one method a file."""

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Add task vectors to a model: θ = θ₀ + λ Σ w_i (θ_i − θ₀).
+
+Ilharco et al., "Editing models with task arithmetic", 2022 (arXiv 2212.04089). Same arithmetic as
+mergekit's `task_arithmetic`; its `normalize` divides by Σ w_i (by 1 where that is zero). Computed
+in float32, returned in the storage dtype; compressed leaves come back dense. Neutral at lam=0.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from treesurgeon.core import needs, step
+from treesurgeon.merge import weights as weights_lib
+
+
+def add_task_vectors(
+  w: Float[Array, "*shape"],
+  donors: tuple[Float[Array, "*shape"], ...],
+  *,
+  weights: tuple[float, ...] | None = None,
+  lam: float = 1.0,
+  normalize: bool = False,
+) -> Float[Array, "*shape"]:
+  """Add the weighted sum of the donors' differences to an array.
+
+  Args:
+    w: the base's array θ₀.
+    donors: the fine-tuned arrays θ_i.
+    weights: one number a donor; None means ones.
+    lam: λ, multiplies the sum.
+    normalize: whether to divide the sum by Σ w_i.
+
+  Returns:
+    The result, in the dtype of `w`.
+
+  Example:
+    >>> add_task_vectors(jnp.ones(1), (jnp.zeros(1), jnp.full(1, 3.0)), lam=0.5).tolist()
+    [1.5]
+  """
+  weight = weights_lib.resolve(weights, len(donors), of="donors")
+  base = w.astype(jnp.float32)
+  total = sum(c * (x.astype(jnp.float32) - base) for c, x in zip(weight, donors, strict=True))
+  divisor = sum(weight)
+  if normalize and abs(divisor) >= 1e-8:
+    total = total / divisor
+  return (base + lam * total).astype(w.dtype)
+
+
+@step.method("merge.task_arithmetic")
+def task_arithmetic(
+  *,
+  models: Sequence[str] = (),
+  weights: Sequence[float] | None = None,
+  lam: float = 1.0,
+  normalize: bool = False,
+  select: str | None = None,
+) -> step.Step:
+  """Add the task vectors of fine-tuned donors to the model they started from.
+
+  Args:
+    models: directories of the donors; empty takes those handed to the driver.
+    weights: one number a donor; None means ones. A negative weight takes a task away.
+    lam: multiplies the summed task vectors.
+    normalize: whether to divide the sum by the sum of the weights.
+    select: regular expression over addresses; None means every leaf.
+
+  Returns:
+    A transform.
+
+  Example:
+    >>> task_arithmetic(lam=0.3)
+    (merge.task_arithmetic(lam=0.3),)
+
+  Reference:
+    Ilharco et al., Editing models with task arithmetic, 2022, arXiv 2212.04089.
+  """
+  return step.over_leaves(
+    add_task_vectors,
+    hyper={"weights": weights_lib.freeze(weights), "lam": lam, "normalize": normalize},
+    select=select,
+    default=".*",
+    domain=".*",
+    wants={"donors": needs.Donors(tuple(models))},
+  )

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TIES merging: trim small changes, elect a sign, average what agrees with it.
+
+Yadav et al., "TIES-Merging: resolving interference when merging models", 2023 (arXiv 2306.01708).
+`granularity="tensor"` is mergekit's `ties`: every tensor is trimmed by itself to
+max(1, int(density n)) entries. `granularity="global"` is the paper's: the whole model's change is
+trimmed as one vector, so the step sees whole models at once. In both, equal magnitudes at the
+threshold are kept lowest index first (mergekit leaves their order to its sort), the sign is that of
+the weighted sum with zero counted as plus, and `normalize` divides by the weights of the entries
+that agree. A negative weight turns a donor's change around, but `normalize` divides by that weight
+again and cancels it, in mergekit as here. Computed in float32, returned in the storage dtype;
+compressed leaves come back dense. Neutral at lam=0; with one donor, density 1 and lam 1 the result
+is that donor up to rounding.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from treesurgeon.core import leaves, model, needs, paths, step
+from treesurgeon.merge import trim
+from treesurgeon.merge import weights as weights_lib
+
+Granularity = Literal["tensor", "global"]
+Cuts = tuple[tuple[jax.Array, jax.Array] | None, ...]
+
+
+def trim_elect_merge(
+  w: Float[Array, "*shape"],
+  donors: tuple[Float[Array, "*shape"], ...],
+  cuts: Cuts | None = None,
+  *,
+  weights: tuple[float, ...] | None = None,
+  density: float | tuple[float, ...] = 0.2,
+  lam: float = 1.0,
+  normalize: bool = True,
+) -> Float[Array, "*shape"]:
+  """Merge arrays by TIES.
+
+  Args:
+    w: the base's array θ₀.
+    donors: the fine-tuned arrays θ_i.
+    cuts: for each donor where to trim (see `trim.cut`), None for not at all; without it
+      each array is trimmed by itself.
+    weights: one number a donor; None means ones.
+    density: fraction of each donor's entries to keep, or one fraction a donor.
+    lam: λ, multiplies the merged change.
+    normalize: whether to divide by the summed weights of the agreeing entries.
+
+  Returns:
+    The merged array, in the dtype of `w`.
+
+  Raises:
+    ValueError: for a wrong number of weights or densities.
+
+  Example:
+    >>> donors = (jnp.array([3.0, 0.1, -1.0]), jnp.array([1.0, 0.2, 2.0]))
+    >>> trim_elect_merge(jnp.zeros(3), donors, density=0.67).tolist()
+    [2.0, 0.0, 2.0]
+  """
+  weight = weights_lib.resolve(weights, len(donors), of="donors")
+  base = w.astype(jnp.float32)
+  changes = [d.astype(jnp.float32) - base for d in donors]
+  if cuts is None:
+    cuts = tuple(
+      _one_cut([d], share) for d, share in zip(changes, _shares(density, len(donors)), strict=True)
+    )
+  agreeing = []
+  for c, delta, where in zip(weight, changes, cuts, strict=True):
+    if where is not None:
+      delta = jnp.where(trim.kept(delta, *where), delta, 0.0)
+    agreeing.append(c * delta)
+  elected = jnp.where(sum(agreeing) >= 0, 1.0, -1.0)
+  total = jnp.zeros_like(base)
+  divisor = jnp.zeros_like(base)
+  for c, delta in zip(weight, agreeing, strict=True):
+    agrees = jnp.sign(delta) == elected
+    total += jnp.where(agrees, delta, 0.0)
+    divisor += jnp.where(agrees, c, 0.0)
+  if normalize:
+    total = total / jnp.where(divisor == 0, 1.0, divisor)
+  return (base + lam * total).astype(w.dtype)
+
+
+def global_cuts(
+  tree: Mapping[str, tuple[jax.Array, tuple[jax.Array, ...]]], *, density: float | tuple[float, ...]
+) -> dict[str, Cuts]:
+  """Find where to trim each donor's change of all arrays, taken as one vector.
+
+  Args:
+    tree: for each address the base's array and the donors' arrays.
+    density: fraction of each donor's entries to keep, or one fraction a donor.
+
+  Returns:
+    For each address what `trim_elect_merge` takes as `cuts`.
+
+  Example:
+    >>> tree = {"a": (jnp.zeros(2), (jnp.ones(2),)), "b": (jnp.zeros(2), (jnp.full(2, 3.0),))}
+    >>> cuts = global_cuts(tree, density=0.5)
+    >>> trim_elect_merge(*tree["a"], cuts["a"]).tolist()
+    [0.0, 0.0]
+  """
+  count = len(next(iter(tree.values()))[1])
+  columns = []
+  for i, share in enumerate(_shares(density, count)):
+    deltas = [d[i].astype(jnp.float32) - w.astype(jnp.float32) for w, d in tree.values()]
+    cut = _cut(deltas, share)
+    columns.append([None] * len(tree) if cut is None else [(cut[0], t) for t in cut[1]])
+  return dict(zip(tree, zip(*columns, strict=True), strict=True))
+
+
+@step.method("merge.ties")
+def ties(
+  *,
+  models: Sequence[str] = (),
+  weights: Sequence[float] | None = None,
+  density: float | Sequence[float] = 0.2,
+  lam: float = 1.0,
+  normalize: bool = True,
+  granularity: Granularity = "tensor",
+  select: str | None = None,
+) -> step.Step:
+  """Merge fine-tuned donors into the model they started from by trim, elect sign and merge.
+
+  Args:
+    models: directories of the donors; empty takes those handed to the driver.
+    weights: one number a donor; None means ones.
+    density: fraction of each donor's changes to keep, 0 to 1, or one fraction a donor.
+    lam: multiplies the merged change.
+    normalize: whether to average the agreeing changes; otherwise they are added.
+    granularity: "tensor" trims every tensor by itself, "global" the model as one vector.
+    select: regular expression over addresses; None means every leaf.
+
+  Returns:
+    A transform.
+
+  Raises:
+    ValueError: for a density outside 0 to 1 or an unknown granularity.
+
+  Example:
+    >>> ties(density=0.5, weights=(1.0, 0.5))
+    (merge.ties(weights=(1.0, 0.5), density=0.5),)
+
+  Reference:
+    Yadav et al., TIES-Merging, 2023, arXiv 2306.01708.
+  """
+  if granularity not in get_args(Granularity):
+    raise ValueError(f"granularity={granularity!r}; valid: {', '.join(get_args(Granularity))}")
+  frozen = weights_lib.freeze(density)
+  for share in frozen if isinstance(frozen, tuple) else (frozen,):
+    if not 0 <= share <= 1:
+      raise ValueError(f"density={density} must lie between 0 and 1")
+  hyper = {"weights": weights_lib.freeze(weights), "lam": lam, "normalize": normalize}
+  wants: dict[str, needs.Need] = {"donors": needs.Donors(tuple(models))}
+  if granularity == "tensor":
+    return step.over_leaves(
+      trim_elect_merge,
+      hyper=hyper | {"density": frozen},
+      select=select,
+      default=".*",
+      domain=".*",
+      wants=wants,
+    )
+  return _over_model(hyper, frozen, select or ".*", wants)
+
+
+def _over_model(
+  hyper: Mapping[str, Any],
+  density: float | tuple[float, ...],
+  pattern: str,
+  wants: Mapping[str, needs.Need],
+) -> step.Step:
+  """Cut all leaves first, then merge each by itself with its cut as evidence."""
+  each = step.over_leaves(
+    trim_elect_merge,
+    hyper=hyper,
+    select=pattern,
+    domain=".*",
+    wants={**wants, "cuts": needs.Statistic("cuts")},
+  )
+
+  def apply(m: model.Model, evidence: needs.Evidence, key: jax.Array) -> model.Model:
+    tree = {
+      a: (m.leaf(a), evidence["donors"][a]) for a in m.addresses() if re.fullmatch(pattern, a)
+    }
+    for address, (w, donors) in tree.items():
+      step.check_donors(address, w, donors)
+    tree = leaves.map_leaves(leaves.dense, tree)
+    cuts = step.compiled(global_cuts, (("density", density),))(tree, {})
+    return each.apply(m, {**evidence, "cuts": cuts}, key)
+
+  def units(names: Sequence[str]) -> step.Units:
+    return [tuple(paths.select(names, pattern))]
+
+  return step.Step(
+    wants,
+    apply,
+    "model",
+    {},
+    units,
+    lambda narrower: _over_model(hyper, density, step.both(pattern, narrower), wants),
+  )
+
+
+def _cut(deltas: Sequence[jax.Array], share: float) -> tuple | None:
+  """Return (threshold, ties of each array); None where everything stays."""
+  total = sum(d.size for d in deltas)
+  if share >= 1:
+    return None
+  if share <= 0:
+    return jnp.int32(2**31 - 1), (jnp.int32(0),) * len(deltas)
+  return trim.cut(deltas, max(1, int(share * total)))
+
+
+def _one_cut(deltas: Sequence[jax.Array], share: float) -> tuple | None:
+  cut = _cut(deltas, share)
+  return None if cut is None else (cut[0], cut[1][0])
+
+
+def _shares(density: float | tuple[float, ...], count: int) -> tuple[float, ...]:
+  if not isinstance(density, tuple):
+    return (density,) * count
+  if len(density) != count:
+    raise ValueError(f"density={density} has {len(density)} entries for {count} donors")
+  return density
