@@ -9,7 +9,7 @@ memory. A leaf step gives the same bits under all three.
 
 import collections
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from treesurgeon.core import model as model_lib
 from treesurgeon.run import collect, progress
 
 
+@runtime_checkable
 class Sink(Protocol):
   """Where `stream` puts finished leaves."""
 

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of the contract suite: how each registered transform is built and brought to rest.
+
+A new method adds a row of three lines: its name, arguments that fit the tiny model, and the
+arguments at which it is the identity. Donors and calibration text come with every row.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from treesurgeon import models, registry
+from treesurgeon.core import leaves, model, paths, step
+from treesurgeon.run import collect
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One registered transform under test.
+
+  Attributes:
+    name: its name in the registry.
+    arguments: what fits the tiny model.
+    neutral: arguments (beside `arguments`) at which it is the identity.
+    prepare: makes the model at which `neutral` is the identity.
+    commutes: whether the order of the donors does not matter.
+    requests: makes what needs edit requests, from the model.
+    still: the transform's evidence at rest, in place of `neutral` (no requests).
+  """
+
+  name: str
+  arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  neutral: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  prepare: Callable[[model.Model], model.Model] = lambda m: m
+  commutes: bool = False
+  requests: Callable[[], tuple] = tuple
+  still: bool = False
+
+  def build(self, **more: Any) -> step.Transform:
+    """Return the transform."""
+    return registry.load(self.name)(**{**self.arguments, **more})
+
+  def materials(self, m: model.Model) -> collect.Materials:
+    """Return everything a transform may ask for."""
+    return collect.Materials(batches=TEXT, donors=donors(m, 2), requests=self.requests())
+
+
+ROWS = (
+  Row("edit.unlearn.task_negation", neutral={"scale": 0.0}, commutes=True),
+  Row("grow.g_stack", {"growth": 2}, {"growth": 1}),
+  Row("grow.interpolate", {"growth": 2}, {"growth": 1}),
+  Row("merge.linear", {"weights": (1.0, 0.5, 0.5)}, {"weights": (1.0, 0.0, 0.0)}, commutes=True),
+  Row("merge.task_arithmetic", {"lam": 0.3}, {"lam": 0.0}, commutes=True),
+  Row("merge.ties", {"density": 0.3}, {"lam": 0.0}, commutes=True),
+)
+EXTRA = (
+  # Settings whose code path differs enough to hold the laws by itself.
+  Row("merge.ties", {"density": 0.3, "granularity": "global"}, {"lam": 0.0}, commutes=True),
+)
+
+SPEC = models.Spec(vocab_size=32, d_model=16, num_layers=2, num_heads=2, d_ff=32, max_positions=32)
+# Of other shapes, so that nothing is compiled yet; few different ones, to keep the suite quick.
+WIDER = models.Spec(vocab_size=48, d_model=24, num_layers=3, num_heads=2, d_ff=48, max_positions=32)
+TEXT = [np.random.default_rng(0).integers(0, 32, (4, 16))]
+
+
+@functools.lru_cache(maxsize=32)
+def tiny(spec: models.Spec = SPEC, *, seed: int = 0, dtype: str = "float32") -> model.Model:
+  """Return a tiny model; drawn by numpy, which compiles nothing."""
+  rng = np.random.default_rng(seed)
+
+  def draw(x: Any) -> jax.Array:
+    return jnp.asarray((0.1 * rng.standard_normal(x.shape) + (x.ndim == 2)).astype(dtype))
+
+  shapes = jax.eval_shape(lambda: models.init(spec, jax.random.key(0)))
+  return model.Model(spec, jax.tree.map(draw, shapes))
+
+
+def donors(base: model.Model, count: int) -> list[model.Model]:
+  """Return models near the base, as fine-tuned ones are."""
+  made = []
+  for seed in range(1, count + 1):
+    rng = np.random.default_rng(100 + seed)
+
+    def near(x: Any, rng: np.random.Generator = rng) -> jax.Array:
+      step = 0.02 * rng.standard_normal(x.shape)
+      return jnp.asarray((np.asarray(x, np.float32) + step).astype(x.dtype))
+
+    flat = {k: near(leaves.dense(x)) for k, x in paths.walk(base.params).items()}
+    made.append(base.replace(params=paths.nest(flat)))
+  return made
