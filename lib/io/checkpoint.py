@@ -161,6 +161,9 @@ class Checkpoint:
       elif all(a in self._metas for a in entry.address):
         bases = list(entry.address)
         self._places.update({a: a for a in entry.address})
+      else:
+        missing.append(entry.name)
+        continue
       missing += [b for b in bases if b not in self._parts]
       used.update(name for b in bases for name in self._parts.get(b, {}).values())
     extra = sorted(n for n in self.tensors if n not in used and not hf.ignored(n))

@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tokenizers
@@ -14,6 +14,7 @@ FILE = "tokenizer.json"
 _EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
 
 
+@runtime_checkable  # tests check types as they run
 class Tokenizer(Protocol):
   """What the rest of the package asks of a tokenizer."""
 
@@ -108,6 +109,11 @@ class JsonTokenizer:
       raise ValueError(f"{path}: the end-of-text token {eos!r} is not in the vocabulary")
     names = (eos,) if eos is not None else _EOS
     self.eos_id = next((vocabulary[t] for t in names if t in vocabulary), None)
+
+  @property
+  def inner(self) -> tokenizers.Tokenizer:
+    """The library's tokenizer, for who needs the characters behind a token."""
+    return self._inner
 
   def encode(self, text: str) -> np.ndarray:
     """Turn text into int32 ids, without special tokens.
