@@ -146,6 +146,7 @@ def head(
   h: Float[Array, "batch seq dim"],
   *,
   observe: taps.Observe | None = None,
+  patch: taps.Patch | None = None,
 ) -> Float[Array, "batch seq vocab"]:
   """Turn the last block's output into logits: final norm, projection, soft cap.
 
@@ -153,7 +154,8 @@ def head(
     spec: the architecture.
     params: parameters; the layers are not read.
     h: output of the last block.
-    observe: called as observe(tap, value) with the inputs of the head's kernels.
+    observe: as for `forward`, called for effect: what it returns is dropped.
+    patch: as for `forward`.
 
   Returns:
     float32 logits.
@@ -161,7 +163,7 @@ def head(
   Raises:
     ValueError: for an encoder without a language-model head.
   """
-  return _read(spec, params, h, taps.Tap(observe, None))
+  return _read(spec, params, h, taps.Tap(observe, patch))
 
 
 def norm(
