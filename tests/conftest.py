@@ -11,6 +11,7 @@ import pathlib
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("XLA_FLAGS", None)  # a caller's virtual devices would change what is tested
 
+import beartype
 import jax
 import jaxtyping
 import pytest
@@ -22,8 +23,12 @@ PEERS_WARNINGS = (
   "ignore:numpy.core is deprecated:DeprecationWarning",  # unpickling, in mergekit
 )
 
-# Shapes and types are checked in tests only: the hook wraps each function as it is imported.
-jaxtyping.install_import_hook(["treesurgeon"], "beartype.beartype")
+# Shapes and types are checked in tests only: the hook wraps each function as it is imported. It
+# takes the checker by dotted name; ours lets an int stand for a float, as type checkers do.
+beartype.with_numeric_tower = beartype.beartype(  # pyright: ignore[reportAttributeAccessIssue]
+  conf=beartype.BeartypeConf(is_pep484_tower=True)
+)
+jaxtyping.install_import_hook(["treesurgeon"], "beartype.with_numeric_tower")
 
 
 def pytest_configure(config: pytest.Config) -> None:
