@@ -2,16 +2,17 @@
 """Adapters as leaves: an adapted weight is `Sum((base, ..., LowRank))`, its adapter the last part.
 
 No wrapper and no registry of adapters: whoever can walk a tree of leaves can find, take off, put
-on, save and train them. The base may be an array or any compressed leaf (QLoRA). A `Sum` to which a
-compression method gave a low-rank correction last (LoRC, LQ-LoRA, LoftQ) has the same form, and
-the correction counts as an adapter: it is what LQ-LoRA and LoftQ train.
+on and save them, and `train.partition.trainable(params, types=["LowRank"])` trains them alone. The
+base may be an array or any compressed leaf (QLoRA). A `Sum` to which a compression method gave a
+low-rank correction last (LoRC, LQ-LoRA, LoftQ) has the same form, and the correction counts as an
+adapter: it is what LQ-LoRA and LoftQ train.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -171,36 +172,22 @@ def unmerge(m: model.Model, adapters: Adapters) -> model.Model:
   return m.update(changes)
 
 
-def trainable_mask(params: Mapping[str, Any]) -> Any:
-  """Mark the arrays of adapters: what training changes, all else being frozen.
-
-  Combine it with `optax.partition` or `optax.masked`. A mask in front of the optimizer is not
-  enough: weight decay would still move the base, so frozen leaves need `optax.set_to_zero()`.
+def scaling(rank: int, alpha: int | float, *, rslora: bool = False) -> float:
+  """Compute the multiplier of an adapter's product.
 
   Args:
-    params: a model's parameters, layers stacked.
+    rank: inner dimension.
+    alpha: numerator.
+    rslora: divide by the square root of the rank.
 
   Returns:
-    A tree of the structure of `params`, True at the factors of adapters, False elsewhere.
-
-  Raises:
-    ValueError: if there is no adapter.
+    alpha / rank, or alpha / sqrt(rank).
 
   Example:
-    >>> low = leaves.LowRank(jnp.ones((2, 1)), jnp.ones((1, 3)))
-    >>> jax.tree.leaves(trainable_mask({"w": join(jnp.zeros((2, 3)), low), "v": jnp.zeros(2)}))
-    [False, False, True, True]
+    >>> scaling(4, 16.0), scaling(4, 16.0, rslora=True)
+    (4.0, 8.0)
   """
-
-  def mark(leaf: Any) -> Any:
-    base, adapter = split(leaf)
-    mask = jax.tree.map(lambda _: False, base)
-    return mask if adapter is None else join(mask, jax.tree.map(lambda _: True, adapter))
-
-  mask = leaves.map_leaves(mark, params)
-  if not any(jax.tree.leaves(mask)):
-    raise ValueError("the model has no adapters to train; put some on with adapt.lora()")
-  return mask
+  return float(alpha / (math.sqrt(rank) if rslora else rank))
 
 
 def save(path: str | Path, adapters: Adapters) -> None:

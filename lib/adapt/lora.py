@@ -51,16 +51,17 @@ def factors(
 def lora(
   *,
   rank: int = 8,
-  alpha: float = 16.0,
+  alpha: int | float = 16.0,
   rslora: bool = False,
   select: str | None = None,
   dtype: str = "float32",
 ) -> step.Step:
   """Put a fresh LoRA adapter beside every selected kernel; base weights stay bit for bit.
 
-  Neutral point: every setting. B is zero, so the weight keeps its value exactly, and with it the
-  logits: bit for bit wherever the product with the base alone is computed the same way, as the
-  reference kernels do. A second call puts a second adapter on top of the first.
+  Neutral point: every setting. B is zero, so the weight keeps its value exactly, and so do the
+  logits: zero is added to a product that is computed as before (bit for bit in float32 on a CPU;
+  elsewhere a compiler may order that product's sum anew). A second call puts a second adapter on
+  top of the first.
 
   Args:
     rank: inner dimension r.
@@ -88,26 +89,8 @@ def lora(
     raise ValueError(f"adapt.lora: alpha={alpha!r} must be a positive number, such as 16.0")
   if dtype not in DTYPES:
     raise ValueError(f"adapt.lora: dtype={dtype!r} must be one of {', '.join(DTYPES)}")
-  hyper = {"rank": rank, "scale": scaling(rank, alpha, rslora=rslora), "dtype": dtype}
+  hyper = {"rank": rank, "scale": adapters.scaling(rank, alpha, rslora=rslora), "dtype": dtype}
   return step.over_leaves(_adapt, hyper=hyper, select=select, random=True, raw=True)
-
-
-def scaling(rank: int, alpha: float, *, rslora: bool = False) -> float:
-  """Compute the multiplier of an adapter's product.
-
-  Args:
-    rank: inner dimension.
-    alpha: numerator.
-    rslora: divide by the square root of the rank.
-
-  Returns:
-    alpha / rank, or alpha / sqrt(rank).
-
-  Example:
-    >>> scaling(4, 16.0), scaling(4, 16.0, rslora=True)
-    (4.0, 8.0)
-  """
-  return float(alpha / (math.sqrt(rank) if rslora else rank))
 
 
 def _adapt(w: Any, *, key: jax.Array, rank: int, scale: float, dtype: str) -> leaves.Sum:

@@ -8,10 +8,7 @@ trained modules, initializations that changed the base) is refused rather than r
 """
 
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ import numpy as np
 from treesurgeon.adapt import adapters as adapters_lib
 from treesurgeon.adapt import peft_config, peft_modules
 from treesurgeon.core import leaves, needs
-from treesurgeon.io import header, safetensors, writer
+from treesurgeon.io import header, safetensors, staging
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -91,6 +88,7 @@ def save(
   *,
   base_model: str = "",
   rslora: bool = False,
+  overwrite: bool = False,
 ) -> None:
   """Write adapters as a peft directory, which `peft.PeftModel.from_pretrained` loads.
 
@@ -99,15 +97,16 @@ def save(
   with the sum of their ranks: the same function, its zeros stored.
 
   Args:
-    directory: output, which must not exist.
+    directory: output.
     adapters: address to adapter.
     spec: the base model's architecture.
     base_model: where the base model is found, for `base_model_name_or_path`.
     rslora: write alpha for a scale of alpha / sqrt(r).
+    overwrite: replace an existing output.
 
   Raises:
-    ValueError: for no adapters, an address that files of this family do not name, or fused
-      adapters of different scales.
+    ValueError: for no adapters, an existing output, an address that files of this family do
+      not name, or fused adapters of different scales.
   """
   if not adapters:
     raise ValueError(f"{directory}: there are no adapters to export; put some on with adapt.lora()")
@@ -126,7 +125,8 @@ def save(
     tensors[f"{PREFIX}{module}.{kind.format('A')}"] = fused[module].a
     tensors[f"{PREFIX}{module}.{kind.format('B')}"] = fused[module].b
   text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-  _write(Path(directory), {CONFIG: text.encode(), WEIGHTS: _serialize(tensors)})
+  files = {CONFIG: text.encode(), WEIGHTS: _serialize(tensors)}
+  _write(directory, files, overwrite=overwrite)
 
 
 def _unmatched(
@@ -165,16 +165,15 @@ def _serialize(tensors: Mapping[str, np.ndarray]) -> bytes:
   return header.build(infos) + b"".join(np.ascontiguousarray(x).tobytes() for x in tensors.values())
 
 
-def _write(directory: Path, files: Mapping[str, bytes]) -> None:
-  """Write files to a sibling and rename it, so that the output appears whole or not at all."""
-  writer.check_output(directory, False)
-  directory.parent.mkdir(parents=True, exist_ok=True)
-  partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+def _write(directory: str | Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
+  """Write files to a directory that appears whole or not at all."""
+  stage = staging.Staging(directory, overwrite=overwrite)
   try:
-    for name, content in files.items():
-      (partial / name).write_bytes(content)
-    partial.chmod(0o755)
-    os.replace(partial, directory)
+    stage.clear()
+    with stage.disk():
+      for name, content in files.items():
+        (stage.path / name).write_bytes(content)
+    stage.commit()
   except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
+    stage.abort(keep=False)
     raise

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from treesurgeon.adapt import lora
+from treesurgeon.adapt import adapters
 
 SUPPORTED = "plain LoRA and rsLoRA, with rank and alpha patterns"
 # Initializations that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
@@ -40,9 +40,9 @@ class Config(NamedTuple):
   """
 
   r: int
-  alpha: float
+  alpha: int | float
   rank_pattern: Mapping[str, int]
-  alpha_pattern: Mapping[str, float]
+  alpha_pattern: Mapping[str, int | float]
   rslora: bool
 
   def rank(self, module: str) -> int:
@@ -52,7 +52,7 @@ class Config(NamedTuple):
   def scale(self, module: str) -> float:
     """Return the multiplier of a module's product."""
     alpha = _lookup(self.alpha_pattern, module, self.alpha)
-    return lora.scaling(self.rank(module), alpha, rslora=self.rslora)
+    return adapters.scaling(self.rank(module), alpha, rslora=self.rslora)
 
 
 def read(path: Path) -> Config:
@@ -160,11 +160,11 @@ def _lookup(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
   return default
 
 
-def _alpha(rank: int, scale: float, *, rslora: bool) -> float:
+def _alpha(rank: int, scale: float, *, rslora: bool) -> int | float:
   """Find the alpha, an integer if it can be one, whose scale is this one to the last bit."""
   alpha = scale * (math.sqrt(rank) if rslora else rank)
   near = (round(alpha), alpha, math.nextafter(alpha, 0), math.nextafter(alpha, math.inf))
-  return next((x for x in near if lora.scaling(rank, x, rslora=rslora) == scale), alpha)
+  return next((x for x in near if adapters.scaling(rank, x, rslora=rslora) == scale), alpha)
 
 
 def _check(path: Path, config: Config) -> None:
