@@ -37,6 +37,29 @@ class Entry:
 
 
 TABLE: dict[str, Entry] = {
+  "compress.prune.magnitude": Entry(
+    factory="treesurgeon.compress.prune.magnitude:magnitude",
+    paper="Han et al., Learning both weights and connections, 2015, arXiv 1506.02626",
+    oracle="tests/compress/prune/prune_test.py",
+    note="one shot, no retraining",
+  ),
+  "compress.prune.wanda": Entry(
+    factory="treesurgeon.compress.prune.wanda:wanda",
+    paper="Sun et al., A simple and effective pruning approach (Wanda), 2023, arXiv 2306.11695",
+    oracle="tests/compress/prune/prune_test.py",
+  ),
+  "compress.quantize.gptq": Entry(
+    factory="treesurgeon.compress.quantize.gptq:gptq",
+    paper="Frantar et al., GPTQ, 2022, arXiv 2210.17323",
+    oracle="tests/compress/quantize/gptq_test.py",
+    note="codes agree with llm-compressor's, tests/peers/gptq_test.py",
+  ),
+  "compress.quantize.rtn": Entry(
+    factory="treesurgeon.compress.quantize.rtn:rtn",
+    paper="Nagel et al., A white paper on neural network quantization, 2021, arXiv 2106.08295",
+    oracle="tests/compress/quantize/rtn_test.py",
+    note="codes agree with compressed-tensors'",
+  ),
   "edit.unlearn.task_negation": Entry(
     factory="treesurgeon.edit.unlearn.task_negation:task_negation",
     paper="Ilharco et al., Editing models with task arithmetic, 2022, arXiv 2212.04089",

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pruning of weights, one method a file."""
