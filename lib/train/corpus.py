@@ -142,7 +142,7 @@ def digest(documents: Iterable[Document]) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _read(folder: Path) -> dict[str, list[tuple[str, str]]]:
+def _read(folder: Path) -> dict[str, list]:
   """Read every file once; the tokenizer module is slow enough to keep the outcome on disk."""
   names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.py"))
   stamp = hashlib.sha256(f"{RECIPE} {platform.python_version()}".encode())
@@ -166,7 +166,7 @@ def _extract(sources: Sequence[tuple[str, bytes]], topics: Path) -> dict[str, li
   out: dict[str, list] = {d: [] for d in DOMAINS}
   for name, data in sources:
     try:
-      texts = source.strip(data.decode("utf-8"))
+      texts = source.separate(data.decode("utf-8"))
     except (SyntaxError, ValueError):  # not UTF-8, or not Python
       continue
     for domain, text in zip(DOMAINS, texts, strict=True):

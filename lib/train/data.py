@@ -101,7 +101,7 @@ def batches(
   *,
   batch: int,
   seed: int = 0,
-  weights: Mapping[str, float] | None = None,
+  weights: Mapping[str, float | int] | None = None,
   epochs: int | None = None,
   shard: tuple[int, int] = (0, 1),
 ) -> grain.IterDataset:
@@ -170,9 +170,9 @@ def _check(
   named: Mapping[str, np.ndarray],
   *,
   batch: int,
-  weights: Mapping[str, float] | None,
+  weights: Mapping[str, float | int] | None,
   shard: tuple[int, int],
-) -> Mapping[str, float]:
+) -> Mapping[str, float | int]:
   if not named:
     raise ValueError("there is no source of rows; give at least one domain")
   for name, array in named.items():

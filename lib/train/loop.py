@@ -27,7 +27,7 @@ def fit(
   data: Iterable[Any],
   *,
   steps: int | None = None,
-  max_flops: float | None = None,
+  max_flops: float | int | None = None,
   optimizer: Mapping[str, Any] | optimizers.Optimizer | None = None,
   objective: objectives.Objective | None = None,
   select: str = ".*",
@@ -172,7 +172,7 @@ def _compile(run: Callable, state: Any, frozen: Any, batch: Any) -> tuple[Callab
 
 
 def _last_step(
-  steps: int | None, max_flops: float | None, before: float, per_step: float
+  steps: int | None, max_flops: float | int | None, before: float, per_step: float
 ) -> int:
   if max_flops is None:
     assert steps is not None

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from treesurgeon import models
 
@@ -74,7 +74,7 @@ def token_nll(
 
 
 def mask_tokens(
-  keys: PRNGKeyArray,
+  keys: jax.Array,
   tokens: Int[Array, "batch length"],
   *,
   mask_id: int,

@@ -14,7 +14,7 @@ Note = tuple[int, int, str]  # row from 1, column in bytes, text of a comment
 Doc = tuple[Any, bool]  # expression statement of a docstring; whether its body holds nothing else
 
 
-def strip(source: str) -> tuple[str, str]:
+def separate(source: str) -> tuple[str, str]:
   r"""Split Python source into what runs and what is read.
 
   Args:
@@ -29,7 +29,7 @@ def strip(source: str) -> tuple[str, str]:
     SyntaxError: if the source is no Python.
 
   Example:
-    >>> strip('def f():\n  "Say in a whole sentence what a caller gets."\n  return 1  # !\n')
+    >>> separate('def f():\n  "Say in a whole sentence what a caller gets."\n  return 1  # !\n')
     ('def f():\n  return 1\n', 'Say in a whole sentence what a caller gets.\n')
   """
   # Form feeds are legal and mean nothing; they would upset the count of columns.

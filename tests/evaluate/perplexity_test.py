@@ -2,9 +2,9 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from treesurgeon import models
 from treesurgeon.core import leaves
 from treesurgeon.core import model as model_lib

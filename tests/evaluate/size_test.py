@@ -2,6 +2,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+
 from treesurgeon.core import leaves
 from treesurgeon.core import model as model_lib
 from treesurgeon.evaluate import size
