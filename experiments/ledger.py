@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write docs/methods.md, the ledger of methods, from the registry.
 
-  python -P -m treesurgeon.experiments.ledger            writes docs/methods.md
-  python -P -m treesurgeon.experiments.ledger --check    fails if it is out of date
+python -P -m treesurgeon.experiments.ledger            writes docs/methods.md
+python -P -m treesurgeon.experiments.ledger --check    fails if it is out of date
 """
 
 import difflib
@@ -22,7 +22,8 @@ Generated from `lib/registry.py` by `make docs`; do not edit.
 
 *Verdict*: **reproduced** means that the paper's direction shows on a small real model, against the
 baseline it claims to beat, by the command in the last column. **exact only** means that the
-algorithm is checked against an oracle, and no experiment has been run. **not reproduced** is a result too.
+algorithm is checked against an oracle, and no experiment has been run. **not reproduced** is a
+result too.
 
 | method | what it does | paper | file | oracle | verdict | shown by |
 |---|---|---|---|---|---|---|
@@ -66,7 +67,8 @@ def main(argv: list[str]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(new)
   elif old != new:
-    diff = difflib.unified_diff(old.splitlines(), new.splitlines(), "committed", "current", lineterm="")
+    names = {"fromfile": "committed", "tofile": "current", "lineterm": ""}
+    diff = difflib.unified_diff(old.splitlines(), new.splitlines(), **names)
     print("\n".join(diff), file=sys.stderr)
     sys.exit(f"{path} is out of date; run: make docs")
 

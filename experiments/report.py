@@ -13,11 +13,13 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from rich import table as table_lib
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
-import numpy as np  # noqa: E402
+from treesurgeon.evaluate import bootstrap
+
+plt.switch_backend("agg")
 
 Result = Mapping[str, Any]
 COLORS = ("#2563a8", "#d9722b", "#3d8f5f", "#8f4f9f", "#7a7a7a", "#b03a48")
@@ -31,7 +33,8 @@ th, td { padding: .28em .8em; text-align: right; border-bottom: 1px solid #e8ebe
 th { font-weight: 600; color: #4a545f; } th:first-child, td:first-child { text-align: left; }
 td.best { font-weight: 700; } .lead { font-size: 1.08em; color: #39424c; }
 .finding { background: #f4f7fa; border-left: 4px solid #2563a8; padding: .6em 1em; margin: .8em 0; }
-.cost { border-color: #d9722b; } img { max-width: 100%; }
+.cost { border-color: #d9722b; }
+.even { border-color: #9aa3ad; } img { max-width: 100%; }
 pre { background: #f6f7f9; padding: .8em; overflow-x: auto; font-size: 12.5px; line-height: 1.4; }
 .trees { display: grid; grid-template-columns: 1fr 1fr; gap: 1em; } .muted { color: #67717c; }
 @media (max-width: 760px) { .trees { grid-template-columns: 1fr; } }
@@ -85,17 +88,41 @@ def stage_table(results: Sequence[Result]) -> str:
   rows = []
   for r in results:
     e = r.get("evaluation", {})
-    rows.append([
-      r["name"],
-      *[f"{e[t]['perplexity']:.2f}" if t in e else "" for t in texts],
-      *[f"{e[t]['bits_per_byte']:.3f}" if t in e else "" for t in texts],
-      f"{r['parameters']:,}" if r.get("parameters") else "",
-      size(r["nbytes"]) if r.get("nbytes") else "",
-      f"{r['bits_per_weight']:.2f}" if r.get("bits_per_weight") else "",
-      f"{r['flops']:.2e}" if r.get("flops") else "",
-      f"{r['seconds']:.1f}",
-    ])
+    rows.append(
+      [
+        r["name"],
+        *[f"{e[t]['perplexity']:.2f}" if t in e else "" for t in texts],
+        *[f"{e[t]['bits_per_byte']:.3f}" if t in e else "" for t in texts],
+        f"{r['parameters']:,}" if r.get("parameters") else "",
+        size(r["nbytes"]) if r.get("nbytes") else "",
+        f"{r['bits_per_weight']:.2f}" if r.get("bits_per_weight") else "",
+        f"{r['flops']:.2e}" if r.get("flops") else "",
+        f"{r['seconds']:.1f}",
+      ]
+    )
   return table(head, rows)
+
+
+def plain(results: Sequence[Result]) -> table_lib.Table:
+  """Render the stages as a table for a terminal.
+
+  Args:
+    results: the stages' results.
+
+  Returns:
+    A rich table: stage, bits per byte on each text, size, seconds.
+  """
+  texts = sorted({t for r in results for t in r.get("evaluation", {})})
+  out = table_lib.Table(box=None)
+  for name in ("stage", *[f"{t} bits/byte" for t in texts], "size", "seconds"):
+    out.add_column(name, justify="left" if name == "stage" else "right")
+  for r in results:
+    e = r.get("evaluation", {})
+    cells = [f"{e[t]['bits_per_byte']:.3f}" if t in e else "" for t in texts]
+    out.add_row(
+      r["name"], *cells, size(r["nbytes"]) if "nbytes" in r else "", f"{r['seconds']:.0f}"
+    )
+  return out
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], best: Sequence[int] = ()) -> str:
@@ -231,22 +258,18 @@ _KINDS: dict[str, Callable[[Mapping[str, Result], Mapping[str, Any]], str]] = {
 
 
 def _findings(results: Mapping[str, Result], section: Mapping[str, Any]) -> str:
-  """Turn the section's comparisons into sentences; the numbers decide the verb."""
+  """Turn paired comparisons of two stages on one text into sentences; the numbers choose them."""
   out = []
   for f in section.get("findings", ()):
-    a, b = (_value(results, f[k]) for k in ("a", "b"))
-    better = a < b if f.get("lower", True) else a > b
-    words = f["better"] if better else f["worse"]
-    text = words.format(a=a, b=b, change=100 * (a - b) / b if b else 0.0, ratio=a / b if b else 0.0)
-    out.append(f"<p class='finding{'' if better else ' cost'}'>{_t(text)}</p>")
+    a, b = (results[f[k]]["evaluation"][f["text"]] for k in ("a", "b"))
+    scale = a["bits_per_nat"]
+    gap = bootstrap.paired_difference(a["documents"], b["documents"])
+    low, mid, high = gap.low * scale, gap.value * scale, gap.high * scale
+    sign = "better" if high < 0 else "worse" if low > 0 else "even"
+    numbers = f"{mid:+.3f} bits/byte, 95 % interval [{low:+.3f}, {high:+.3f}], paired by document"
+    mark = "" if sign == "better" else " cost" if sign == "worse" else " even"
+    out.append(f"<p class='finding{mark}'>{_t(f[sign])} <span class=muted>({numbers})</span></p>")
   return "".join(out)
-
-
-def _value(results: Mapping[str, Result], path: str) -> float:
-  node: Any = results
-  for part in path.split("/"):
-    node = node[part]
-  return float(node)
 
 
 def _lineage(results: Sequence[Result]) -> str:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Show a model's tree: address, shape, type, bits and bytes, and its lineage.
 
-  treesurgeon inspect --model=DIR
-  treesurgeon inspect --model=DIR --diff=OTHER
+treesurgeon inspect --model=DIR
+treesurgeon inspect --model=DIR --diff=OTHER
 """
 
 from absl import flags

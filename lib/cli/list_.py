@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """List every transform: its name, what it does, its paper.
 
-  treesurgeon list
+treesurgeon list
 """
 
 from absl import flags

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from treesurgeon.core import leaves, needs, paths
-from treesurgeon.core import model as model_lib
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Apply transforms to a model directory and write the result to another.
+
+  treesurgeon apply --model=DIR --out=DIR --transform='compress.quantize.rtn(bits=4)'
+  treesurgeon apply --model=DIR --out=DIR --config=configs/x.py[:variant] [--config.key=value]
+
+Steps that work leaf by leaf are streamed, in memory bounded by the largest leaf; others load the
+model. An interrupted run leaves the output untouched, and a rerun goes on where a streamed one was.
+"""
+
+import functools
+import hashlib
+import pathlib
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from treesurgeon import registry
+from treesurgeon.cli import main
+from treesurgeon.core import lineage, step
+from treesurgeon.edit import requests
+from treesurgeon.io import checkpoint, loading, staging
+from treesurgeon.io import sink as checkpoint_sink
+from treesurgeon.io import tokenizer as tokenizers
+from treesurgeon.run import calibration, casting, collect, drivers
+
+DRIVERS = ("auto", "run", "blockwise", "stream")
+
+
+def define(values: flags.FlagValues, argv: list[str]) -> None:
+  """Define the command's flags.
+
+  Args:
+    values: where to define them.
+    argv: the command's arguments, which config overrides are read from.
+  """
+  define_output(values)
+  flags.DEFINE_string("model", None, "Model directory to read.", flag_values=values)
+  flags.DEFINE_multi_string(
+    "transform", [], "Transform in its one-line spelling; repeat to chain.", flag_values=values
+  )
+  config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Config whose `transform` (one spelling or a list) is applied.",
+    flag_values=values,
+    lock_config=True,
+    sys_argv=["treesurgeon", *argv],
+  )
+  flags.DEFINE_string("calibration", None, "UTF-8 text for calibration.", flag_values=values)
+  flags.DEFINE_integer("samples", 128, "Calibration sequences.", 1, flag_values=values)
+  flags.DEFINE_integer(
+    "length", None, "Tokens a calibration sequence; default: the context, at most 2048.", 1,
+    flag_values=values,
+  )  # fmt: skip
+  flags.DEFINE_integer("batch", 8, "Calibration sequences at a time.", 1, flag_values=values)
+  flags.DEFINE_enum("driver", "auto", DRIVERS, "How to go through the model.", flag_values=values)
+
+
+def define_output(values: flags.FlagValues) -> None:
+  """Define the flags of every command that writes a model.
+
+  Args:
+    values: where to define them.
+  """
+  flags.DEFINE_string("out", None, "Directory to write; must not exist.", flag_values=values)
+  flags.DEFINE_bool("overwrite", False, "Replace --out if it exists.", flag_values=values)
+  flags.DEFINE_integer("seed", 0, "Seed of everything random.", flag_values=values)
+  flags.DEFINE_integer(
+    "max_shard_bytes", 5_000_000_000, "Largest file to write.", 1, flag_values=values
+  )
+
+
+def run(values: flags.FlagValues, args: list[str]) -> None:
+  """Read, transform, write.
+
+  Args:
+    values: parsed flags.
+    args: positional arguments; none are taken.
+  """
+  if args:
+    raise ValueError(f"apply takes no positional argument, not {args[0]!r}; use --model=DIR")
+  main.required(values, "model", "out")
+  transform = _transform(values)
+  source = checkpoint.Checkpoint(values.model)
+  for one in transform[:1]:
+    one.units(source.addresses())
+  materials = _materials(values, source)
+  execute(values, transform, source, materials, driver=values.driver)
+
+
+def execute(
+  values: flags.FlagValues,
+  transform: step.Transform,
+  source: checkpoint.Checkpoint,
+  materials: collect.Materials,
+  *,
+  driver: str = "auto",
+  dtype: str | None = None,
+  out_dtype: str | None = None,
+) -> None:
+  """Apply a transform with the driver that suits it and write the result.
+
+  Args:
+    values: parsed flags; those of `define_output` are read.
+    transform: what to do.
+    source: the base model.
+    materials: calibration, donors, requests.
+    driver: one of `DRIVERS`.
+    dtype: dtype the base is cast to first.
+    out_dtype: dtype the result is cast to.
+  """
+  staging.check_output(values.out, values.overwrite)
+  if driver == "auto":
+    blockwise = any(s.scope == "block" for s in transform)
+    driver = "blockwise" if blockwise else "run"
+    driver = "stream" if drivers.streamable(transform) else driver
+  limits = {"overwrite": values.overwrite, "max_shard_bytes": values.max_shard_bytes}
+  if driver == "stream":
+    job = (step.spell(transform), values.seed, dtype, out_dtype, sorted(materials.digests.items()))
+    fingerprint = hashlib.sha256(repr(job).encode()).hexdigest()
+    with checkpoint_sink.Sink(
+      values.out, source.spec, companions=source.directory, job=fingerprint, **limits
+    ) as sink:
+      base = casting.Cast(source, dtype)
+      target = casting.CastSink(sink, out_dtype)
+      records = drivers.stream(transform, base, target, materials, seed=values.seed)
+      sink.close((*source.lineage, *records), inputs=materials.digests)
+  else:
+    go = drivers.run if driver == "run" else drivers.run_blockwise
+    model = loading.load(source.directory)
+    if dtype is not None:
+      model = model.update({a: casting.cast(model.leaf(a), dtype) for a in model.addresses()})
+    model = go(transform, model, materials, seed=values.seed)
+    checkpoint_sink.save(
+      model,
+      values.out,
+      tokenizer_from=source.directory,
+      dtype=out_dtype,
+      inputs=materials.digests,
+      **limits,
+    )
+  print(f"wrote {values.out}")
+
+
+def _transform(values: flags.FlagValues) -> step.Transform:
+  spelled = list(values.transform)
+  if values.config is not None:
+    wanted = values.config.get("transform")
+    if not wanted:
+      raise ValueError("--config: the config has no `transform`")
+    spelled += [wanted] if isinstance(wanted, str) else list(wanted)
+  if not spelled:
+    raise ValueError("--transform or --config is required; `treesurgeon list` shows transforms")
+  return step.chain(*(registry.parse(s) for s in spelled))
+
+
+def _materials(values: flags.FlagValues, source: checkpoint.Checkpoint) -> collect.Materials:
+  digests = {"base": source.digest()}
+  batches = []
+  if values.calibration:
+    path = pathlib.Path(values.calibration)
+    if not path.is_file():
+      raise ValueError(f"--calibration={path} is not a file")
+    length = values.length or min(source.spec.max_positions or 2048, 2048)
+    batches = calibration.batches(
+      path.read_text(encoding="utf-8"),
+      tokenizers.load(values.model),
+      length=length,
+      samples=values.samples,
+      batch=values.batch,
+      vocab_size=source.spec.vocab_size,
+      source=f"--calibration={path}",
+    )
+    digests["calibration"] = lineage.digest(path)
+  return collect.Materials(
+    batches=batches,
+    open_model=checkpoint.Checkpoint,
+    read_requests=functools.partial(_requests, directory=values.model),
+    digests=digests,
+  )
+
+
+def _requests(path: str, directory: str) -> list[Any]:
+  return requests.read(path, tokenizers.load(directory))

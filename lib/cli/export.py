@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a model in another tool's format.
+
+  treesurgeon export --model=DIR --format=hf --out=DIR
+
+hf: every leaf dense, a directory that transformers loads. orbax: a checkpoint for JAX trainers.
+peft: the low-rank adapters alone.
+"""
+
+import functools
+
+from absl import flags
+
+from treesurgeon.adapt import peft
+from treesurgeon.cli import apply, main
+from treesurgeon.core import leaves
+from treesurgeon.core import model as model_lib
+from treesurgeon.io import checkpoint, orbax, staging
+
+FORMATS = ("hf", "orbax", "peft")
+
+
+def define(values: flags.FlagValues, argv: list[str]) -> None:
+  """Define the command's flags.
+
+  Args:
+    values: where to define them.
+    argv: the command's arguments.
+  """
+  del argv
+  apply.define_output(values)
+  flags.DEFINE_string("model", None, "Model directory to read.", flag_values=values)
+  flags.DEFINE_enum("format", "hf", FORMATS, "What to write.", flag_values=values)
+
+
+def run(values: flags.FlagValues, args: list[str]) -> None:
+  """Read and write.
+
+  Args:
+    values: parsed flags.
+    args: positional arguments; none are taken.
+  """
+  if args:
+    raise ValueError(f"export takes no positional argument, not {args[0]!r}; use --model=DIR")
+  main.required(values, "model", "out")
+  staging.check_output(values.out, values.overwrite)
+  model = checkpoint.load(values.model)
+  write = {
+    "hf": functools.partial(_hf, max_shard_bytes=values.max_shard_bytes, source=values.model),
+    "orbax": orbax.save,
+    "peft": functools.partial(peft.save, base_name=values.model),
+  }[values.format]
+  write(model, values.out, overwrite=values.overwrite)
+  print(f"wrote {values.out}")
+
+
+def _hf(
+  model: model_lib.Model, out: str, *, overwrite: bool, max_shard_bytes: int, source: str
+) -> None:
+  dense = model.replace(params=leaves.map_leaves(leaves.dense, model.params))
+  checkpoint.save(
+    dense, out, overwrite=overwrite, max_shard_bytes=max_shard_bytes, tokenizer_from=source
+  )
