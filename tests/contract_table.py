@@ -16,6 +16,7 @@ import numpy as np
 
 from treesurgeon import models, registry
 from treesurgeon.core import leaves, model, paths, step
+from treesurgeon.edit import tokens
 from treesurgeon.run import collect
 
 
@@ -29,7 +30,8 @@ class Row:
     neutral: arguments (beside `arguments`) at which it is the identity.
     prepare: makes the model at which `neutral` is the identity.
     commutes: whether the order of the donors does not matter.
-    requests: makes what needs edit requests, from the model.
+    reduces: whether it sums over axes that a mesh splits, which reorders float sums.
+    requests: makes what needs edit requests.
     still: the transform's evidence at rest, in place of `neutral` (no requests).
   """
 
@@ -38,6 +40,7 @@ class Row:
   neutral: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   prepare: Callable[[model.Model], model.Model] = lambda m: m
   commutes: bool = False
+  reduces: bool = False
   requests: Callable[[], tuple] = tuple
   still: bool = False
 
@@ -50,7 +53,15 @@ class Row:
     return collect.Materials(batches=TEXT, donors=donors(m, 2), requests=self.requests())
 
 
+WISH = tokens.Tokenized(
+  lead=(),
+  prompt=tokens.Prompt((3, 4, 5, 6), 1, 2),
+  new=(7, 8),
+  essence=(tokens.Prompt((4, 5, 9), 0, 1),),
+  separator=(1,),
+)
 ROWS = (
+  Row("edit.rome", {"steps": 3, "contexts": 2}, requests=lambda: (WISH, WISH), still=True),
   Row("edit.unlearn.task_negation", neutral={"scale": 0.0}, commutes=True),
   Row("grow.g_stack", {"growth": 2}, {"growth": 1}),
   Row("grow.interpolate", {"growth": 2}, {"growth": 1}),
