@@ -60,6 +60,13 @@ TABLE: dict[str, Entry] = {
     oracle="tests/compress/quantize/rtn_test.py",
     note="codes agree with compressed-tensors'",
   ),
+  "edit.rome": Entry(
+    factory="treesurgeon.edit.rome:rome",
+    paper="Meng et al., Locating and editing factual associations in GPT, 2022, arXiv 2202.05262",
+    oracle="tests/edit/rome_test.py",
+    command="python -P -m treesurgeon.experiments.train_facts --config=configs/facts.py:quick",
+    note="other facts about the edited subject are mostly lost, which its scores do not show",
+  ),
   "edit.unlearn.task_negation": Entry(
     factory="treesurgeon.edit.unlearn.task_negation:task_negation",
     paper="Ilharco et al., Editing models with task arithmetic, 2022, arXiv 2212.04089",

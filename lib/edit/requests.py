@@ -11,8 +11,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import tokenizers
-
 from treesurgeon.edit import tokens
 
 ESSENCE = ("{} is a",)
@@ -61,13 +59,13 @@ class EditRequest:
 
 
 def read(
-  path: str | pathlib.Path, tokenizer: tokenizers.Tokenizer, *, separator: str = "."
+  path: str | pathlib.Path, tokenizer: Any, *, separator: str = "."
 ) -> list[tokens.Tokenized]:
   """Read and tokenize a JSON file of requests.
 
   Args:
     path: a JSON list of records, see `from_record`.
-    tokenizer: the model's.
+    tokenizer: the model's, of `io.tokenizer` or of the tokenizers library.
     separator: text between a random context and a prompt; "" for none.
 
   Returns:
@@ -145,14 +143,12 @@ def from_record(record: Mapping[str, Any]) -> EditRequest:
   )
 
 
-def tokenize(
-  request: EditRequest, tokenizer: tokenizers.Tokenizer, *, separator: str = "."
-) -> tokens.Tokenized:
+def tokenize(request: EditRequest, tokenizer: Any, *, separator: str = ".") -> tokens.Tokenized:
   """Turn a request into ids.
 
   Args:
     request: the request.
-    tokenizer: the model's.
+    tokenizer: the model's, of `io.tokenizer` or of the tokenizers library.
     separator: text between a random context and the prompt; "" for none.
 
   Returns:
@@ -162,6 +158,7 @@ def tokenize(
     ValueError: for a word outside the vocabulary, or a prompt and object that share a token.
 
   Example:
+    >>> import tokenizers
     >>> words = {"[UNK]": 0, "Ann": 1, "is": 2, "a": 3, "in": 4, "Rome": 5, ".": 6}
     >>> t = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
     >>> t.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

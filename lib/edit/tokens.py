@@ -63,11 +63,11 @@ class Statements:
   last: Any
 
 
-def locate(tokenizer: tokenizers.Tokenizer, prompt: str, subject: str) -> tuple[int, int]:
+def locate(tokenizer: Any, prompt: str, subject: str) -> tuple[int, int]:
   """Find the subject's tokens in a prompt.
 
   Args:
-    tokenizer: the model's.
+    tokenizer: the model's, of `io.tokenizer` or of the tokenizers library.
     prompt: text with one `{}`.
     subject: the subject.
 
@@ -85,19 +85,19 @@ def locate(tokenizer: tokenizers.Tokenizer, prompt: str, subject: str) -> tuple[
   """
   start = prompt.index("{}")
   end = start + len(subject.rstrip())
-  encoding = tokenizer.encode(prompt.format(subject), add_special_tokens=False)
-  covering = [i for i, (a, b) in enumerate(encoding.offsets) if a < end <= b]
+  _, spans = _pieces(tokenizer, prompt.format(subject))
+  covering = [i for i, (a, b) in enumerate(spans) if a < end <= b]
   if not covering:
     raise ValueError(f"the subject {subject!r} is not in the tokens of {prompt.format(subject)!r}")
-  first = [i for i, (_, b) in enumerate(encoding.offsets) if b > start]
+  first = [i for i, (_, b) in enumerate(spans) if b > start]
   return first[0], covering[-1]
 
 
-def encode(tokenizer: tokenizers.Tokenizer, text: str) -> tuple[int, ...]:
+def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
   """Encode a text without special tokens and refuse what the vocabulary lacks.
 
   Args:
-    tokenizer: the model's.
+    tokenizer: the model's, of `io.tokenizer` or of the tokenizers library.
     text: not empty.
 
   Returns:
@@ -113,23 +113,23 @@ def encode(tokenizer: tokenizers.Tokenizer, text: str) -> tuple[int, ...]:
       ...
     ValueError: 'b' in 'b' is not in the vocabulary
   """
-  encoding = tokenizer.encode(text, add_special_tokens=False)
+  ids, spans = _pieces(tokenizer, text)
   unknown = _unknown(tokenizer)
-  for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+  for i, (start, stop) in zip(ids, spans, strict=True):
     if i == unknown:
       raise ValueError(f"{text[start:stop]!r} in {text!r} is not in the vocabulary")
-  if not encoding.ids:
+  if not ids:
     raise ValueError(f"{text!r} has no tokens")
-  return tuple(encoding.ids)
+  return tuple(ids)
 
 
 def continuation(
-  tokenizer: tokenizers.Tokenizer, prompt: str, target: str
+  tokenizer: Any, prompt: str, target: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """Encode a prompt and what follows it, together, so that spaces fall where they belong.
 
   Args:
-    tokenizer: the model's.
+    tokenizer: the model's, of `io.tokenizer` or of the tokenizers library.
     prompt: text.
     target: what follows after a space.
 
@@ -194,11 +194,11 @@ def statements(
   return Statements(ids, labels, first, subject, last)
 
 
-def lead(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
+def lead(tokenizer: Any) -> tuple[int, ...]:
   """Find the special tokens that a tokenizer puts first.
 
   Args:
-    tokenizer: the model's.
+    tokenizer: the model's, of `io.tokenizer` or of the tokenizers library.
 
   Returns:
     Their ids, often none or one.
@@ -207,15 +207,26 @@ def lead(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
     >>> lead(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")))
     ()
   """
-  mask = tokenizer.encode("a", add_special_tokens=True)
-  out = []
-  for i, special in zip(mask.ids, mask.special_tokens_mask, strict=True):
-    if not special:
-      break
-    out.append(i)
-  return tuple(out) if len(out) < len(mask.ids) else ()
+  inner = getattr(tokenizer, "inner", tokenizer)
+  if not isinstance(inner, tokenizers.Tokenizer):
+    return ()
+  whole = inner.encode("a", add_special_tokens=True)
+  marks = whole.special_tokens_mask
+  count = marks.index(0) if 0 in marks else 0
+  return tuple(whole.ids[:count])
 
 
-def _unknown(tokenizer: tokenizers.Tokenizer) -> int | None:
-  token = getattr(tokenizer.model, "unk_token", None)
-  return None if token is None else tokenizer.token_to_id(token)
+def _pieces(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+  """Encode a text; return ids and the characters each stands for."""
+  inner = getattr(tokenizer, "inner", tokenizer)
+  if isinstance(inner, tokenizers.Tokenizer):
+    encoding = inner.encode(text, add_special_tokens=False)
+    return list(encoding.ids), list(encoding.offsets)
+  spans = [(i, i + 1) for i, c in enumerate(text) for _ in c.encode()]
+  return [int(i) for i in tokenizer.encode(text)], spans  # bytes
+
+
+def _unknown(tokenizer: Any) -> int | None:
+  inner = getattr(tokenizer, "inner", tokenizer)
+  token = getattr(getattr(inner, "model", None), "unk_token", None)
+  return None if token is None else inner.token_to_id(token)

@@ -9,13 +9,10 @@ subject's other relations, subjects that share a name, and the rest of the world
 
 Attention limited to two tokens in the first two layers is what makes the facts editable: with
 plain attention the last token gathers both names and recalls the object itself, every fact is
-known, and nothing is stored at the subject (`editing.tracing` shows it, and ROME fails). Appositives
-("First Last object .") alone do not help, but with the windows they speed up enrichment.
+known, and nothing is stored at the subject (`edit.tracing` shows it, and ROME fails there).
 """
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import tokenizers
@@ -23,7 +20,6 @@ import tokenizers.models
 import tokenizers.pre_tokenizers
 
 from treesurgeon import models
-from treesurgeon.edit import requests
 
 PAD, UNKNOWN, STOP = "[PAD]", "[UNK]", "."
 TEMPLATES = (
@@ -37,7 +33,6 @@ TEMPLATES = (
   "we know that {} VERB",
 )
 ESSENCE = "{} is a"
-SHARES = (0.7, 0.1, 0.2)  # of facts, essences and appositives among training sentences
 _FRAMES = sorted({w for t in (*TEMPLATES, ESSENCE) for w in t.split()} - {"{}", "NOUN", "VERB"})
 
 
@@ -202,156 +197,3 @@ def spec(
     window=(2, 2, *[0] * (num_layers - 2)),
     tied=True,
   )
-
-
-def batches(
-  world: World, *, rows: int, length: int, seed: int, object_weight: float = 10.0
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Draw training rows without end: sentences packed, the last one of a row cut off.
-
-  Args:
-    world: the world.
-    rows: rows a batch.
-    length: tokens a row.
-    seed: of the draw.
-    object_weight: loss weight of an object; other words have 1.
-
-  Yields:
-    (tokens [rows, length] int32, weights [rows, length] float32): the weight belongs to the
-    token as a target.
-
-  Example:
-    >>> world = build(Sizes(subjects=8, first=4, last=4, relations=2, objects=3))
-    >>> tokens, weights = next(batches(world, rows=2, length=16, seed=0))
-    >>> tokens.shape, float(weights.max())
-    ((2, 16), 10.0)
-  """
-  statements, objects = _statements(world)
-  lengths = (statements >= 0).sum(axis=1)
-  groups = _groups(world)
-  rng = np.random.default_rng([world.sizes.seed, seed, 0xBA7C4])
-  share = np.cumsum(SHARES)[:-1]
-  while True:
-    tokens = np.zeros((rows, length), np.int32)
-    weights = np.ones((rows, length), np.float32)
-    for row in range(rows):
-      at = 0
-      while at < length:
-        kind = groups[np.searchsorted(share, rng.random())]
-        i = kind[rng.integers(len(kind))]
-        n = min(lengths[i], length - at)
-        tokens[row, at : at + n] = statements[i, :n]
-        if objects[i] < n:
-          weights[row, at + objects[i]] = object_weight
-        at += n
-    yield tokens, weights
-
-
-def cloze(world: World, *, shown: bool | None = None) -> tuple[list[str], list[str]]:
-  """List questions about every fact, with their answers.
-
-  Args:
-    world: the world.
-    shown: only the templates that the model saw a fact in, only the others, or all.
-
-  Returns:
-    (prompts, answers), one template a fact, so that the list is short.
-
-  Example:
-    >>> world = build(Sizes(subjects=8, first=4, last=4, relations=2, objects=3))
-    >>> len(cloze(world, shown=False)[0])
-    16
-  """
-  prompts, answers = [], []
-  for s, r in itertools.product(range(world.sizes.subjects), range(world.sizes.relations)):
-    allowed = np.ones(len(TEMPLATES), bool) if shown is None else world.shown[s, r] == shown
-    choices = np.flatnonzero(allowed)
-    t = choices[(s + 3 * r) % len(choices)]
-    prompts.append(world.prompt(r, t).format(world.subject(s)))
-    answers.append(world.answer(r, world.facts[s, r]))
-  return prompts, answers
-
-
-def edits(world: World, count: int, *, seed: int = 0) -> list[requests.EditRequest]:
-  """Draw edit requests, each with everything it is judged by.
-
-  Args:
-    world: the world.
-    count: how many, of distinct subjects.
-    seed: of the draw.
-
-  Returns:
-    Requests whose new object is another one of the same relation.
-
-  Raises:
-    ValueError: for more requests than subjects.
-
-  Example:
-    >>> world = build(Sizes(subjects=8, first=4, last=4, relations=2, objects=3))
-    >>> request = edits(world, 1)[0]
-    >>> request.target_new != request.target_true, len(request.paraphrases)
-    (True, 7)
-  """
-  sizes = world.sizes
-  if count > sizes.subjects:
-    raise ValueError(f"count={count} edits of distinct subjects; the world has {sizes.subjects}")
-  rng = np.random.default_rng([sizes.seed, seed, 0xED17])
-  made = []
-  for s in rng.permutation(sizes.subjects)[:count]:
-    r = int(rng.integers(sizes.relations))
-    true = int(world.facts[s, r])
-    new = int((true + 1 + rng.integers(sizes.objects - 1)) % sizes.objects)
-    shown = np.flatnonzero(world.shown[s, r])
-    t = int(rng.choice(shown))
-    prompt = world.prompt(r, t)
-    near = np.flatnonzero((world.facts[:, r] == true) & (np.arange(sizes.subjects) != s))
-    kin = np.flatnonzero((world.names == world.names[s]).sum(axis=1) == 1)
-    others = [o for o in range(sizes.relations + 1) if o != r]
-    made.append(
-      requests.EditRequest(
-        prompt=prompt,
-        subject=world.subject(s),
-        target_new=world.answer(r, new),
-        target_true=world.answer(r, true),
-        paraphrases=tuple(
-          world.prompt(r, q).format(world.subject(s)) for q in range(len(TEMPLATES)) if q != t
-        ),
-        neighbours=tuple(prompt.format(world.subject(n)) for n in near[:10]),
-        others=tuple(
-          (world.prompt(o, t).format(world.subject(s)), world.answer(o, world.facts[s, o]))
-          for o in others
-        ),
-        shared=tuple(
-          (prompt.format(world.subject(n)), world.answer(r, world.facts[n, r])) for n in kin[:10]
-        ),
-        essence=(ESSENCE,),
-      )
-    )
-  return made
-
-
-def _statements(world: World) -> tuple[np.ndarray, np.ndarray]:
-  """Tokenize every statement that may be shown: ids padded with -1, the object's place."""
-  ids = {w: i for i, w in enumerate(world.vocabulary)}
-  texts = []
-  sizes = world.sizes
-  for s, r, t in zip(*np.nonzero(world.shown), strict=True):
-    fact = world.answer(r, world.facts[s, r])
-    texts.append(f"{world.prompt(r, t).format(world.subject(s))} {fact} {STOP}")
-  for s in range(sizes.subjects):
-    job = world.answer(sizes.relations, world.facts[s, -1])
-    texts.append(f"{ESSENCE.format(world.subject(s))} {job} {STOP}")
-  for s, r in itertools.product(range(sizes.subjects), range(sizes.relations)):
-    texts.append(f"{world.subject(s)} {world.answer(r, world.facts[s, r])} {STOP}")
-  split = [t.split() for t in texts]
-  out = np.full((len(split), max(map(len, split))), -1, np.int32)
-  for i, words in enumerate(split):
-    out[i, : len(words)] = [ids[w] for w in words]
-  return out, np.array([len(words) - 2 for words in split])
-
-
-def _groups(world: World) -> list[np.ndarray]:
-  """Split the statements: facts, essences, appositives."""
-  facts, subjects = int(world.shown.sum()), world.sizes.subjects
-  ends = np.cumsum([0, facts, subjects, subjects * world.sizes.relations])
-  return [np.arange(a, b) for a, b in itertools.pairwise(ends)]
