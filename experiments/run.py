@@ -17,9 +17,6 @@ from rich import console
 
 from treesurgeon.experiments import report, stages
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where to keep models, metrics and the report.")
-
 
 def main(argv: list[str]) -> None:
   """Run every stage that is not finished and write the report.
@@ -29,7 +26,7 @@ def main(argv: list[str]) -> None:
   """
   del argv
   logging.set_verbosity(logging.WARNING)
-  config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+  config, workdir = flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
   _claim(workdir, config.to_json_best_effort(sort_keys=True))
   screen = console.Console(stderr=True)
   lab = stages.Lab(workdir, config.text.to_dict(), config.seed)
@@ -65,5 +62,7 @@ def _metrics(workdir: pathlib.Path, results: list[dict]) -> None:
 
 
 if __name__ == "__main__":
+  config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
+  flags.DEFINE_string("workdir", None, "Where to keep models, metrics and the report.")
   flags.mark_flags_as_required(["config", "workdir"])
   app.run(main)

@@ -33,9 +33,6 @@ RECIPE = 1  # raised when training changes in a way that the configuration does 
 COLUMNS = ("ES", "PS", "NS", "EM", "PM", "NM", "ES_exact", "PS_exact", "NS_exact", "others",
            "shared", "world", "world_kl", "growth")  # fmt: skip
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", "", "Where to write facts.json; empty writes nothing.")
-
 
 class Learned(NamedTuple):
   """A world and the network that knows it."""
@@ -225,7 +222,7 @@ def main(argv: list[str]) -> None:
   """Train, trace, edit, print."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
-  config = _CONFIG.value
+  config = flags.FLAGS.config
   logging.info("%s", config)
   everything = {}
   for seed in config.seeds:
@@ -245,11 +242,13 @@ def main(argv: list[str]) -> None:
   methods = next(iter(everything.values()))["scores"]
   mean = {m: edits.summarize(e["scores"][m] for e in everything.values()) for m in methods}
   print(f"mean over {len(everything)} seeds\n{table(mean)}")
-  if _WORKDIR.value:
-    path = pathlib.Path(_WORKDIR.value) / "facts.json"
+  if flags.FLAGS.workdir:
+    path = pathlib.Path(flags.FLAGS.workdir) / "facts.json"
     cache.write(path, json.dumps({"seeds": everything, "mean": mean}, indent=1))
 
 
 if __name__ == "__main__":
+  config_flags.DEFINE_config_file("config", None, "Experiment.", lock_config=True)
+  flags.DEFINE_string("workdir", "", "Where to write facts.json; empty writes nothing.")
   flags.mark_flag_as_required("config")
   app.run(main)
