@@ -34,8 +34,7 @@ help:  ## list the targets
 
 quickstart: $(CORE)  ## install the library and run configs/quickstart.py
 	$(BIN)/python -P -m treesurgeon.experiments.run --config=configs/quickstart.py --workdir=$(WORKDIR)
-	@echo "The report is in $(WORKDIR):"
-	@ls -1 $(WORKDIR)
+	@echo "The report is in $(WORKDIR)"
 
 setup: $(DEV)  ## install the library with everything its development needs
 	@echo "$(VENV) is ready"
