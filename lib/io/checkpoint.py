@@ -105,6 +105,7 @@ class Checkpoint:
         )
     return hf.to_leaves(self.spec, place, array)[address]
 
+  @functools.cached_property
   def lineage(self) -> tuple[lineage.Record, ...]:
     """Read what was done to the model before, if the directory tells."""
     path = self.directory / LINEAGE

@@ -40,7 +40,7 @@ def load(
     ValueError: as `Checkpoint`.
   """
   source = checkpoint.Checkpoint(directory)
-  put = place or (lambda _, x: jnp.asarray(x))
+  put = place or (lambda _, x: jax.device_put(x, may_alias=True))  # nobody else writes to it
   tree = paths.unflatten({a: source.struct(a) for a in source.addresses()})
   flat = {}
   with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -49,7 +49,7 @@ def load(
       plain = not leaves.is_leaf(struct) and jnp.issubdtype(struct.dtype, jnp.floating)
       if dtype is not None and plain:
         flat[name] = flat[name].astype(dtype)
-  return model.Model(source.spec, paths.nest(flat), source.lineage())
+  return model.Model(source.spec, paths.nest(flat), source.lineage)
 
 
 def _gather(source: checkpoint.Checkpoint, name: str, struct: Any, pool: Any, put: Callable) -> Any:

@@ -60,6 +60,8 @@ class Sink:
     self._written: set[str] = set()
     # Room for a header in which every kernel is compressed into three parts.
     room = 4096 + 600 * len(self._entries)
+    if job is not None:  # other versions may compute other bits
+      job = f"{job} {json.dumps(lineage.versions(), sort_keys=True)}"
     self._writer = writer.Writer(
       directory, max_shard_bytes=max_shard_bytes, overwrite=overwrite, job=job,
       header_bytes=min(1 << 22, -(-room // 4096) * 4096),
