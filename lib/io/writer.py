@@ -195,11 +195,11 @@ class Writer:
 def _pieces(array: np.ndarray) -> Iterator[memoryview]:
   """Cut an array into contiguous runs of bytes, copying only where its strides ask for it."""
   if array.flags.c_contiguous:
-    yield memoryview(array.reshape(-1).view(np.uint8))
+    yield array.reshape(-1).view(np.uint8).data
     return
   rows = max(1, _CHUNK * len(array) // max(1, array.nbytes))
   for i in range(0, len(array), rows):
     part = array[i : i + rows]
     out = np.empty(part.shape, part.dtype)
     blocks.copy(out, part)
-    yield memoryview(out.reshape(-1).view(np.uint8))
+    yield out.reshape(-1).view(np.uint8).data
