@@ -14,7 +14,7 @@ from absl import flags
 
 from treesurgeon.cli import main
 from treesurgeon.evaluate import perplexity
-from treesurgeon.io import checkpoint
+from treesurgeon.io import loading
 from treesurgeon.io import tokenizer as tokenizers
 
 KEYS = ("nll", "perplexity", "bits_per_byte", "tokens")
@@ -53,7 +53,7 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
   path = pathlib.Path(values.text)
   if not path.is_file():
     raise ValueError(f"--text={path} is not a file")
-  model = checkpoint.load(values.model)
+  model = loading.load(values.model)
   window = values.window or min(model.spec.max_positions or 2048, 2048)
   result = perplexity.evaluate(
     model,

@@ -11,11 +11,11 @@ import functools
 
 from absl import flags
 
-from treesurgeon.adapt import peft
+from treesurgeon.adapt import adapters, peft
 from treesurgeon.cli import apply, main
 from treesurgeon.core import leaves
 from treesurgeon.core import model as model_lib
-from treesurgeon.io import checkpoint, orbax, staging
+from treesurgeon.io import loading, orbax, sink, staging
 
 FORMATS = ("hf", "orbax", "peft")
 
@@ -44,20 +44,27 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
     raise ValueError(f"export takes no positional argument, not {args[0]!r}; use --model=DIR")
   main.required(values, "model", "out")
   staging.check_output(values.out, values.overwrite)
-  model = checkpoint.load(values.model)
+  model = loading.load(values.model)
   write = {
     "hf": functools.partial(_hf, max_shard_bytes=values.max_shard_bytes, source=values.model),
     "orbax": orbax.save,
-    "peft": functools.partial(peft.save, base_name=values.model),
+    "peft": functools.partial(_peft, source=values.model),
   }[values.format]
   write(model, values.out, overwrite=values.overwrite)
   print(f"wrote {values.out}")
+
+
+def _peft(model: model_lib.Model, out: str, *, overwrite: bool, source: str) -> None:
+  found = adapters.extract(model)
+  if not found:
+    raise ValueError(f"--model={source} has no adapters; apply adapt.lora() and train first")
+  peft.save(out, found, model.spec, base_model=source, overwrite=overwrite)
 
 
 def _hf(
   model: model_lib.Model, out: str, *, overwrite: bool, max_shard_bytes: int, source: str
 ) -> None:
   dense = model.replace(params=leaves.map_leaves(leaves.dense, model.params))
-  checkpoint.save(
+  sink.save(
     dense, out, overwrite=overwrite, max_shard_bytes=max_shard_bytes, tokenizer_from=source
   )

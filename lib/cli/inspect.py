@@ -9,7 +9,7 @@ from absl import flags
 from rich import console, table
 
 from treesurgeon.cli import main
-from treesurgeon.io import checkpoint
+from treesurgeon.io import checkpoint, loading
 from treesurgeon.run import describe
 
 
@@ -38,7 +38,7 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
   if values.diff:
     _diff(checkpoint.Checkpoint(values.model), checkpoint.Checkpoint(values.diff))
     return
-  model = checkpoint.load(values.model)
+  model = loading.load(values.model)
   out = table.Table(box=None, pad_edge=False)
   for name, justify in (
     ("address", "left"), ("shape", "right"), ("type", "left"), ("bits", "right"), ("bytes", "right")

@@ -122,6 +122,7 @@ def differences(a: needs.Source, b: needs.Source) -> Iterable[Difference]:
     One difference an address of either model, in natural order.
 
   Example:
+    >>> from treesurgeon.core import model as model_lib
     >>> m = model_lib.Model(None, {"w": jnp.ones(2)})
     >>> [d.note for d in differences(m, m.update({"w": jnp.zeros(2)}))]
     ['changed']
