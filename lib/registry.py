@@ -37,6 +37,18 @@ class Entry:
 
 
 TABLE: dict[str, Entry] = {
+  "adapt.lora": Entry(
+    factory="treesurgeon.adapt.lora:lora",
+    paper="Hu et al., LoRA: Low-rank adaptation of large language models, 2021, arXiv 2106.09685",
+    oracle="tests/adapt/lora_test.py",
+    note="adapters cross to and from peft with equal logits, tests/peers/peft_test.py",
+  ),
+  "adapt.merge": Entry(
+    factory="treesurgeon.adapt.merge:merge",
+    paper="Hu et al., LoRA: Low-rank adaptation of large language models, 2021, arXiv 2106.09685",
+    oracle="tests/adapt/merge_test.py",
+    note="section 4.1; weights agree with peft's merge_and_unload, tests/peers/peft_test.py",
+  ),
   "compress.prune.magnitude": Entry(
     factory="treesurgeon.compress.prune.magnitude:magnitude",
     paper="Han et al., Learning both weights and connections, 2015, arXiv 1506.02626",

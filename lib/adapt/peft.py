@@ -7,6 +7,7 @@ transposes of our factors. Every tensor must be accounted for; what is not plain
 trained modules, initializations that changed the base) is refused rather than read as if it were.
 """
 
+import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -72,8 +73,8 @@ def load(directory: str | Path, source: needs.Source) -> dict[str, leaves.LowRan
     if "base_layer" in parts:
       _check_base(where, modules[module], parts["base_layer"], source)
     a, b = parts["lora_A"], parts["lora_B"]
-    rank, scale = config.rank(module), config.scale(module)
-    modules[module].check(where, a, b, rank)
+    modules[module].check(where, a, b, config.ranks(module))
+    scale = config.scale(module, a.shape[0])
     for address, rows in modules[module].split(b).items():
       out[address] = leaves.LowRank(jnp.asarray(a.T), jnp.asarray(rows.T), scale)
   if not out:
@@ -132,8 +133,8 @@ def save(
 def _unmatched(
   directory: Path, name: str, module: str, modules: Mapping[str, peft_modules.Module]
 ) -> str:
-  near = [m for m in modules if m.rpartition(".")[2] == module.rpartition(".")[2]]
-  hint = f"the model's are like {', '.join((near or list(modules))[:3])}"
+  near = difflib.get_close_matches(module or name.removeprefix(PREFIX), modules, n=3, cutoff=0.0)
+  hint = f"nearest: {', '.join(near)}"
   if module.endswith(("lm_head", "embed_out")):
     hint = "this model's head is its embedding (tied), which an adapter would change with it"
   return f"{directory}: tensor {name!r} fits no module of the model; {hint}"

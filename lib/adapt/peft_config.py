@@ -45,14 +45,18 @@ class Config(NamedTuple):
   alpha_pattern: Mapping[str, int | float]
   rslora: bool
 
-  def rank(self, module: str) -> int:
-    """Return a module's rank."""
-    return _lookup(self.rank_pattern, module, self.r)
+  def ranks(self, module: str) -> tuple[int, ...]:
+    """List the ranks a module may have, the likeliest first.
 
-  def scale(self, module: str) -> float:
+    peft takes the first key that matches, but sorts the keys when it writes them, so of
+    overlapping keys any may have been the first; the tensors tell.
+    """
+    return (*_matches(self.rank_pattern, module), self.r)
+
+  def scale(self, module: str, rank: int) -> float:
     """Return the multiplier of a module's product."""
-    alpha = _lookup(self.alpha_pattern, module, self.alpha)
-    return adapters.scaling(self.rank(module), alpha, rslora=self.rslora)
+    alpha = (*_matches(self.alpha_pattern, module), self.alpha)[0]
+    return adapters.scaling(rank, alpha, rslora=self.rslora)
 
 
 def read(path: Path) -> Config:
@@ -153,11 +157,8 @@ def build(
   }
 
 
-def _lookup(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-  for key, value in pattern.items():
-    if re.match(rf"(.*\.)?({key})$", module):
-      return value
-  return default
+def _matches(pattern: Mapping[str, Any], module: str) -> list[Any]:
+  return [v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", module)]
 
 
 def _alpha(rank: int, scale: float, *, rslora: bool) -> int | float:

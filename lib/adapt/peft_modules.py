@@ -7,13 +7,16 @@ adapters of the parts that share A, exactly; the way back is exact too, if need 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from treesurgeon.core import leaves
 from treesurgeon.models import hf
+
+# Modules whose tensors keep the name that the module had in earlier versions of transformers.
+_RENAMED = {"embed_out": "lm_head"}
 
 
 class Module(NamedTuple):
@@ -43,13 +46,13 @@ class Module(NamedTuple):
     """Whether the file holds the weight as (in, out), as GPT-2's Conv1D does."""
     return self.kind == "split" or (self.kind == "copy" and not self.is_embedding)
 
-  def check(self, where: str, a: np.ndarray, b: np.ndarray, rank: int) -> None:
+  def check(self, where: str, a: np.ndarray, b: np.ndarray, ranks: Sequence[int]) -> None:
     """Compare the factors' shapes with the module and the config."""
-    want = (rank, self.rows), (sum(self.widths), rank)
-    if (a.shape, b.shape) != want:
+    wants = [((r, self.rows), (sum(self.widths), r)) for r in ranks]
+    if (a.shape, b.shape) not in wants:
       raise ValueError(
         f"{where}: lora_A is {a.shape} and lora_B {b.shape}; the model and the config's rank "
-        f"{rank} ask for {want[0]} and {want[1]}"
+        f"{ranks[0]} ask for {wants[0][0]} and {wants[0][1]}"
       )
 
   def split(self, b: np.ndarray) -> dict[str, np.ndarray]:
@@ -84,7 +87,7 @@ def table(spec: Any, *, bare: bool = True) -> dict[str, Module]:
 
   Args:
     spec: the architecture.
-    bare: also list them as a backbone without a head names them, without a prefix.
+    bare: also list the paths of a backbone without a head, and of earlier versions.
 
   Returns:
     Module path to module, kernels and untied embeddings.
@@ -105,9 +108,13 @@ def table(spec: Any, *, bare: bool = True) -> dict[str, Module]:
       if kinds != {"kernel"} and not (kinds == {"embedding"} and not spec.tied):
         continue
       shapes = [hf.address_shape(spec, a) for a in entry.address]
-      found[entry.name.removesuffix(".weight")] = Module(
+      module = Module(
         entry.address, entry.kind, shapes[0][0], tuple(s[1] for s in shapes), spec.head_dim
       )
+      path = entry.name.removesuffix(".weight")
+      if bare:
+        found[path] = module
+      found[_RENAMED.get(path, path)] = module
   return found
 
 
@@ -125,7 +132,7 @@ def gather(spec: Any, adapters: Mapping[str, leaves.LowRank]) -> dict[str, Fused
     ValueError: for an address without a module, a shape that is not its weight's, or parts
       of one module with different scales.
   """
-  owner = {a: (path, m) for path, m in table(spec).items() for a in m.addresses}
+  owner = {a: (path, m) for path, m in table(spec, bare=False).items() for a in m.addresses}
   groups: dict[str, dict[str, leaves.LowRank]] = {}
   for address, adapter in adapters.items():
     if address not in owner:

@@ -71,12 +71,13 @@ CASES = {
     {
       "target_modules": ["c_attn", "c_proj", "c_fc"],
       "fan_in_fan_out": True,
+      # peft writes the keys sorted, so in the file the wider one comes first.
       "rank_pattern": {"mlp.c_proj": 2, "c_proj": 3},
       "alpha_pattern": {"h.0.attn.c_attn": 5},
       "use_rslora": True,
     },
   ),
-  "neox_interleaved": ("neox", {"target_modules": ["query_key_value", "dense_4h_to_h"]}),
+  "neox_interleaved": ("neox", {"target_modules": ["query_key_value", "dense_4h_to_h", "lm_head"]}),
 }
 
 
