@@ -60,7 +60,21 @@ WISH = tokens.Tokenized(
   essence=(tokens.Prompt((4, 5, 9), 0, 1),),
   separator=(1,),
 )
+
+
+def quantized(m: model.Model) -> model.Model:
+  """Return the model in 4 bits: the fixed point of a quantizer is its own format."""
+  (one,) = registry.load("compress.quantize.rtn")(bits=4, group_size=8)
+  return one.apply(m, {}, jax.random.key(0))
+
+
 ROWS = (
+  Row("compress.prune.magnitude", neutral={"sparsity": 0.0}),
+  Row("compress.prune.wanda", neutral={"sparsity": 0.0}),
+  Row(
+    "compress.quantize.gptq", {"bits": 3, "group_size": 8}, {"bits": 4}, quantized, reduces=True
+  ),
+  Row("compress.quantize.rtn", {"bits": 3, "group_size": 8}, {"bits": 4}, quantized),
   Row("edit.rome", {"steps": 3, "contexts": 2}, requests=lambda: (WISH, WISH), still=True),
   Row("edit.unlearn.task_negation", neutral={"scale": 0.0}, commutes=True),
   Row("grow.g_stack", {"growth": 2}, {"growth": 1}),
@@ -71,6 +85,7 @@ ROWS = (
 )
 EXTRA = (
   # Settings whose code path differs enough to hold the laws by itself.
+  Row("compress.prune.wanda", {"pattern": "2:4", "packed": True}, {"pattern": "4:4"}),
   Row("merge.ties", {"density": 0.3, "granularity": "global"}, {"lam": 0.0}, commutes=True),
 )
 

@@ -77,7 +77,8 @@ def test_equals_the_surgeon(rows, group_size, bits, symmetric, act_order, scales
   assert same.mean() >= (0.95 if scales == "static" else 0.8)
   np.testing.assert_allclose(out.grid.scales[:, same], grid.scales[:, same], rtol=1e-5)
   got = error(w, h, out.codes, out.grid, groups, bits)
-  np.testing.assert_allclose(got, error(w, h, codes, grid, expected_groups, bits), rtol=1e-2)
+  expected = error(w, h, codes, grid, expected_groups, bits)
+  np.testing.assert_allclose(got, expected, rtol=0.01 if scales == "static" else 0.1)
 
 
 @pytest.mark.parametrize("block", [8, 32])
