@@ -27,7 +27,8 @@ class Output(NamedTuple):
 
   Attributes:
     logits: [batch, seq, vocab] float32; None for an encoder without a language-model head.
-    observed: what `observe` returned, by tap; block taps are stacked over layers.
+    observed: what `observe` returned, by tap; block taps are stacked over layers, or a tuple over
+      layers where unequal layers make the shapes differ. Index it by layer in either case.
     hidden: [batch, seq, d_model], the last block's output, before any final norm.
   """
 
@@ -54,7 +55,7 @@ def forward(
   Args:
     spec: the architecture.
     params: parameters; leaves may be compressed.
-    tokens: token ids; an id outside the vocabulary gives NaN.
+    tokens: token ids; an id outside the vocabulary makes its sequence NaN.
     positions: absolute positions; None counts from 0 (OPT: real tokens, as `mask` says).
     mask: [batch, seq], nonzero at real tokens, or [batch, seq, seq], nonzero where allowed;
       combined with the causal and window masks.

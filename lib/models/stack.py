@@ -89,7 +89,8 @@ def run(
     start: index in the cache at which the sequence begins.
 
   Returns:
-    The last block's output; observations stacked over all layers; the new cache.
+    The last block's output; observations stacked over all layers (a tuple over layers where
+    unequal layers make their shapes differ); the new cache.
 
   Raises:
     ValueError: if the segments are not exactly the layers of the spec.
@@ -113,8 +114,7 @@ def run(
     body = jax.checkpoint(body, prevent_cse=False) if remat else body
     h, (seen, caches[name]) = jax.lax.scan(body, h, (stacked, index, kept))
     observed.append(seen)
-  seen = jax.tree.map(lambda *xs: jnp.concatenate(xs), *observed) if observed else {}
-  return h, seen, None if cache is None else caches
+  return h, _join(observed), None if cache is None else caches
 
 
 def _step(
@@ -143,6 +143,27 @@ def _step(
     start=start,
   )
   return h, cache, tap.gathered
+
+
+def _join(segments: list[dict[str, Any]]) -> dict[str, Any]:
+  """Concatenate the observations of all segments; unequal ones become a tuple over layers."""
+
+  def widths(seen: Any) -> Any:
+    return jax.tree.map(lambda x: x.shape[1:], seen)
+
+  out: dict[str, Any] = {}
+  for name in segments[0]:
+    parts = [seen[name] for seen in segments]
+    if all(widths(p) == widths(parts[0]) for p in parts):
+      out[name] = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+    else:
+      counts = [jax.tree.leaves(p)[0].shape[0] for p in parts]
+      out[name] = tuple(
+        jax.tree.map(lambda x, i=i: x[i], p)
+        for p, n in zip(parts, counts, strict=True)
+        for i in range(n)
+      )
+  return out
 
 
 def _check_partition(spec: specs.Spec, segments: list[tuple[int, int, Any]]) -> None:
