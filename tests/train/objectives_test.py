@@ -7,7 +7,6 @@ import pytest
 from treesurgeon import models
 from treesurgeon.train import objectives
 
-
 MASK = jax.jit(
   objectives.mask_tokens, static_argnames=("mask_id", "vocab_size", "rate", "special")
 )
