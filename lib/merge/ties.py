@@ -15,7 +15,7 @@ is that donor up to rounding.
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from treesurgeon.core import leaves, model, needs, paths, step
 from treesurgeon.merge import trim
 from treesurgeon.merge import weights as weights_lib
 
-Granularity = Literal["tensor", "global"]
+GRANULARITIES = ("tensor", "global")
 Cuts = tuple[tuple[jax.Array, jax.Array] | None, ...]
 
 
@@ -121,7 +121,7 @@ def ties(
   density: float | Sequence[float] = 0.2,
   lam: float = 1.0,
   normalize: bool = True,
-  granularity: Granularity = "tensor",
+  granularity: str = "tensor",
   select: str | None = None,
 ) -> step.Step:
   """Merge fine-tuned donors into the model they started from by trim, elect sign and merge.
@@ -148,8 +148,8 @@ def ties(
   Reference:
     Yadav et al., TIES-Merging, 2023, arXiv 2306.01708.
   """
-  if granularity not in get_args(Granularity):
-    raise ValueError(f"granularity={granularity!r}; valid: {', '.join(get_args(Granularity))}")
+  if granularity not in GRANULARITIES:
+    raise ValueError(f"granularity={granularity!r}; valid: {', '.join(GRANULARITIES)}")
   frozen = weights_lib.freeze(density)
   for share in frozen if isinstance(frozen, tuple) else (frozen,):
     if not 0 <= share <= 1:
