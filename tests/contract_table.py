@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from treesurgeon import models, registry
+from treesurgeon.adapt import adapters
 from treesurgeon.core import leaves, model, paths, step
 from treesurgeon.edit import tokens
 from treesurgeon.run import collect
@@ -68,12 +69,23 @@ def quantized(m: model.Model) -> model.Model:
   return one.apply(m, {}, jax.random.key(0))
 
 
+def adapted(m: model.Model) -> model.Model:
+  """Return the model with adapters that are not zero, whose sum with the base a merge keeps."""
+  (one,) = registry.load("adapt.lora")(rank=4)
+  fresh = one.apply(m, {}, jax.random.key(0))
+  trained = {
+    a: leaves.LowRank(low.a, jnp.full_like(low.b, 0.1), low.scale)
+    for a, low in adapters.extract(fresh).items()
+  }
+  return adapters.attach(m, trained)
+
+
 ROWS = (
+  Row("adapt.lora", {"rank": 4}),
+  Row("adapt.merge", prepare=adapted, reduces=True),
   Row("compress.prune.magnitude", neutral={"sparsity": 0.0}),
   Row("compress.prune.wanda", neutral={"sparsity": 0.0}),
-  Row(
-    "compress.quantize.gptq", {"bits": 3, "group_size": 8}, {"bits": 4}, quantized, reduces=True
-  ),
+  Row("compress.quantize.gptq", {"bits": 3, "group_size": 8}, {"bits": 4}, quantized, reduces=True),
   Row("compress.quantize.rtn", {"bits": 3, "group_size": 8}, {"bits": 4}, quantized),
   Row("edit.rome", {"steps": 3, "contexts": 2}, requests=lambda: (WISH, WISH), still=True),
   Row("edit.unlearn.task_negation", neutral={"scale": 0.0}, commutes=True),

@@ -114,7 +114,7 @@ def check(table, row, kind):
   for address in alone.addresses():
     a, b = alone.leaf(address), together.leaf(address)
     assert jax.tree.structure(a) == jax.tree.structure(b), address
-    x, y = (np.asarray(leaves.dense(v)) for v in (a, b))
+    x, y = (np.asarray(leaves.dense(jax.device_get(v))) for v in (a, b))
     if row.reduces:
       np.testing.assert_allclose(y, x, rtol=1e-4, atol=1e-5, err_msg=address)
     else:

@@ -31,7 +31,7 @@ class Adapted(NamedTuple):
   """
 
   base: Any
-  adapter: leaves.LowRank | None
+  adapter: Any
 
 
 def split(leaf: Any) -> Adapted:

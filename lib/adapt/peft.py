@@ -58,7 +58,7 @@ def load(directory: str | Path, source: needs.Source) -> dict[str, leaves.LowRan
   for name in tensors:
     found = _TENSOR.fullmatch(name)
     module = found["module"] if found else ""
-    if module not in modules:
+    if found is None or module not in modules:
       raise ValueError(_unmatched(directory, name, module, modules))
     part = found["part"].removesuffix(".weight").replace("lora_embedding_", "lora_")
     if part != "base_layer" and ("embedding" in found["part"]) != modules[module].is_embedding:
