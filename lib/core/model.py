@@ -5,11 +5,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from treesurgeon.core import leaves, paths
 from treesurgeon.core import lineage as lineage_lib
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model:
   """Hold a network as a value.
 
@@ -45,6 +47,10 @@ class Model:
     """Fetch one leaf by address."""
     return paths.get(self.params, address)
 
+  def struct(self, address: str) -> Any:
+    """Describe one leaf's shapes and dtypes, without cutting it out of its stack."""
+    return paths.get(jax.tree.map(_struct, self.params), address)
+
   def nbytes(self) -> int:
     """Count the bytes of all parameters as held, compressed leaves compressed."""
     return sum(leaves.nbytes(x) for x in paths.walk(self.params).values())
@@ -58,7 +64,8 @@ class Part(Model):
   """Hold some of a model's leaves by address, as drivers hand them to a step.
 
   `params` is a flat mapping from address to leaf, so that a driver can pass one leaf or one block
-  without stacking and unstacking it.
+  without stacking and unstacking it. A part never holds some but not all addresses of one of the
+  step's units.
   """
 
   def addresses(self) -> list[str]:
@@ -67,12 +74,24 @@ class Part(Model):
 
   def leaf(self, address: str) -> Any:
     """Fetch one leaf by address."""
+    if address not in self.params:
+      raise ValueError(f"{address} is not in this part of the model: {', '.join(self.params)}")
     return self.params[address]
+
+  def struct(self, address: str) -> Any:
+    """Describe one leaf's shapes and dtypes."""
+    return jax.tree.map(_struct, self.leaf(address))
 
   def update(self, changes: Mapping[str, Any]) -> "Part":
     """Return a copy with some leaves replaced, by address."""
+    for address in changes:
+      self.leaf(address)  # raises for an address the part does not hold
     return self.replace(params={**self.params, **changes})
 
   def replace(self, **changes: Any) -> "Part":
     """Return a copy with some fields replaced."""
     return dataclasses.replace(self, **changes)
+
+
+def _struct(x: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)

@@ -21,6 +21,7 @@ from treesurgeon.core import leaves
 Params = Mapping[str, Any]
 _SEGMENT = re.compile(r"(\d+):(\d+)")
 _LAYER = re.compile(r"layers/(\d+)/(.+)")
+Segment = tuple[int, int, Params, bool]  # start, stop, stacked leaves, whether their kind is new
 
 
 def segments(params: Params) -> list[tuple[int, int, Params]]:
@@ -214,7 +215,8 @@ def get(params: Params, address: str) -> Any:
 def update(params: Params, changes: Mapping[str, Any]) -> dict[str, Any]:
   """Replace leaves by address and leave every other leaf as it is.
 
-  A segment whose layers stop being equal (mixed precision, structured pruning) is split.
+  A segment whose layers stop being equal (mixed precision, structured pruning) is split, and
+  neighbours that become equal are joined, so segments stay as long as they can be.
 
   Args:
     params: nested parameters; not modified.
@@ -231,16 +233,19 @@ def update(params: Params, changes: Mapping[str, Any]) -> dict[str, Any]:
     >>> update(old, {"layers/1/w": jnp.ones(3)})["layers"]["0:2"]["w"][:, 0].tolist()
     [0.0, 1.0]
   """
-  unknown = sorted(set(changes) - set(addresses(params)), key=natural)
+  names = addresses(params)
+  unknown = sorted(set(changes) - set(names), key=natural)
   if unknown:
-    raise ValueError(_no_match(unknown[0], addresses(params)))
+    raise ValueError(_no_match(unknown[0], names))
   rest = walk({k: v for k, v in params.items() if k != "layers"})
   rest.update({k: v for k, v in changes.items() if not _LAYER.fullmatch(k)})
   out = nest(rest)
   if "layers" in params:
-    out["layers"] = {}
+    new: list[Segment] = []
     for start, stop, tree in segments(params):
-      out["layers"].update(_update_segment(start, stop, tree, changes))
+      for one in _update_segment(start, stop, tree, changes):
+        _append(new, (*one, one[2] is not tree and _kind(one[2]) != _kind(tree)))
+    out["layers"] = {f"{start}:{stop}": tree for start, stop, tree, _ in new}
   return out
 
 
@@ -284,7 +289,7 @@ def natural(address: str) -> tuple:
     >>> sorted(["layers/10/w", "layers/2/w"], key=natural)
     ['layers/2/w', 'layers/10/w']
   """
-  return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in address.split("/"))
+  return tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in address.split("/"))
 
 
 def take(leaf: Any, index: int) -> Any:
@@ -353,33 +358,69 @@ def _group(layers: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
 
 def _update_segment(
   start: int, stop: int, tree: Params, changes: Mapping[str, Any]
-) -> dict[str, Any]:
+) -> list[tuple[int, int, Params]]:
+  """Replace leaves of one segment; returns the segments it becomes, itself if nothing changes."""
   flat = walk(tree)
-  touched = {
-    s: {i: changes[f"layers/{i}/{s}"] for i in range(start, stop) if f"layers/{i}/{s}" in changes}
-    for s in flat
-  }
-  if not any(touched.values()):
-    return {f"{start}:{stop}": tree}
-  columns, equal = {}, True
+  columns, bounds = {}, set()
   for suffix, leaf in flat.items():
-    if not touched[suffix]:
+    names = [f"layers/{i}/{suffix}" for i in range(start, stop)]
+    if not any(n in changes for n in names):
       continue
-    column = [
-      touched[suffix][i] if i in touched[suffix] else take(leaf, i - start)
-      for i in range(start, stop)
-    ]
-    equal &= len({leaves.signature(x) for x in column}) == 1
+    column = [changes[n] if n in changes else take(leaf, i) for i, n in enumerate(names)]
+    signs = [leaves.signature(x) for x in column]
+    bounds |= {i for i in range(1, len(signs)) if signs[i] != signs[i - 1]}
     columns[suffix] = column
-  if equal:
-    stacked = {s: stack(columns[s]) if s in columns else x for s, x in flat.items()}
-    return {f"{start}:{stop}": nest(stacked)}
-  return _group(
-    {
-      i: {s: columns[s][i - start] if s in columns else take(x, i - start) for s, x in flat.items()}
-      for i in range(start, stop)
-    }
-  )
+  if not columns:
+    return [(start, stop, tree)]
+  cuts = [0, *sorted(bounds), stop - start]
+  return [
+    (
+      start + a,
+      start + b,
+      nest({s: stack(columns[s][a:b]) if s in columns else _run(x, a, b) for s, x in flat.items()}),
+    )
+    for a, b in zip(cuts, cuts[1:], strict=False)
+  ]
+
+
+def _append(found: list[Segment], new: Segment) -> None:
+  """Add a segment, joined with the one before it if an update made them equal."""
+  if found:
+    start, stop, tree, fresh = found[-1]
+    if (fresh or new[3]) and stop == new[0] and _kind(tree) == _kind(new[2]):
+      found[-1] = (start, new[1], _concatenate(tree, new[2]), True)
+      return
+  found.append(new)
+
+
+def _run(leaf: Any, start: int, stop: int) -> Any:
+  """Cut a run of layers out of a stacked leaf; the leaf itself where that is all of it."""
+
+  def one(x: Any) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct((stop - start, *x.shape[1:]), x.dtype)
+    return x if stop - start == x.shape[0] else x[start:stop]
+
+  return jax.tree.map(one, leaf)
+
+
+def _kind(tree: Params) -> dict[str, tuple]:
+  """Describe what one layer of a segment looks like."""
+  out = {}
+  for suffix, leaf in walk(tree).items():
+    structure, arrays = leaves.signature(leaf)
+    out[suffix] = structure, tuple((shape[1:], dtype) for shape, dtype in arrays)
+  return out
+
+
+def _concatenate(a: Params, b: Params) -> Params:
+  def join(x: Any, y: Any) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct((x.shape[0] + y.shape[0], *x.shape[1:]), x.dtype)
+    host = isinstance(x, np.ndarray) and isinstance(y, np.ndarray)
+    return (np if host else jnp).concatenate([x, y])
+
+  return jax.tree.map(join, a, b)
 
 
 def _descend(tree: Any, name: str) -> Any:
