@@ -11,10 +11,12 @@ ARGS ?=
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV := .venv-$(VERSION)
 PEERS := .venv-peers-$(VERSION)
+LLMC := .venv-llmcompressor-$(VERSION)
 BIN := $(VENV)/bin
 CORE := $(VENV)/.stamp-core
 DEV := $(VENV)/.stamp-dev
 PEERS_STAMP := $(PEERS)/.stamp
+LLMC_STAMP := $(LLMC)/.stamp
 PINS := setup.py pyproject.toml constraints.txt
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 # The root stays off sys.path (-P, and the variable for what our processes start in turn): there
@@ -32,62 +34,57 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1|/' \
 	  | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
-quickstart: $(CORE)  ## install the library and run configs/quickstart.py
-	$(BIN)/python -P -m treesurgeon.experiments.run --config=configs/quickstart.py --workdir=$(WORKDIR)
+quickstart: $(VENV)/.stamp  ## install the library and run configs/quickstart.py
+	$(VENV)/bin/python -P -m treesurgeon.experiments.run --config=configs/quickstart.py --workdir=$(WORKDIR)
 	@echo "The report is in $(WORKDIR)"
 
-setup: $(DEV)  ## install the library with everything its development needs
-	@echo "$(VENV) is ready"
+setup: $(DEV)/.stamp  ## install the library with everything its development needs
+	@echo "$(DEV) is ready"
 
-test: $(DEV)  ## run the tests, the slow ones left out
-	$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
+test: $(DEV)/.stamp  ## run the tests, the slow ones left out
+	$(DEV)/bin/python $(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(DEV)  ## run the tests, the slow ones too
-	$(BIN)/python $(PYTEST) $(ARGS)
+test-all: $(DEV)/.stamp  ## run the tests, the slow ones too
+	$(DEV)/bin/python $(PYTEST) $(ARGS)
 
-test-peers: $(PEERS_STAMP)  ## compare with torch, transformers, peft and mergekit (own environment)
-	$(PEERS)/bin/python $(PYTEST) tests/peers $(ARGS)
+test-peers: $(PEERS_STAMP) $(LLMC_STAMP)  ## compare with transformers, peft, ... (own environments)
+	LLMCOMPRESSOR_PYTHON=$(CURDIR)/$(LLMC)/bin/python $(PEERS)/bin/python $(PYTEST) tests/peers $(ARGS)
 
-lint: $(DEV)  ## check style and formatting
-	$(BIN)/python -m ruff check $(SOURCES)
-	$(BIN)/python -m ruff format --check $(SOURCES)
+lint: $(DEV)/.stamp  ## check style and formatting
+	$(DEV)/bin/python -m ruff check $(SOURCES)
+	$(DEV)/bin/python -m ruff format --check $(SOURCES)
 
-format: $(DEV)  ## rewrite the code in the agreed format
-	$(BIN)/python -m ruff check --fix $(SOURCES)
-	$(BIN)/python -m ruff format $(SOURCES)
+format: $(DEV)/.stamp  ## rewrite the code in the agreed format
+	$(DEV)/bin/python -m ruff check --fix $(SOURCES)
+	$(DEV)/bin/python -m ruff format $(SOURCES)
 
-types: $(DEV)  ## check types
-	$(BIN)/python .ci/shim.py
-	$(BIN)/python -m pyright --pythonpath $(BIN)/python
+types: $(DEV)/.stamp  ## check types
+	$(DEV)/bin/python .ci/shim.py
+	$(DEV)/bin/python -m pyright --pythonpath $(DEV)/bin/python
 
-docs: $(CORE)  ## regenerate docs/methods.md from the registry
-	$(BIN)/python -P -m treesurgeon.experiments.ledger
+docs: $(VENV)/.stamp  ## regenerate docs/methods.md from the registry
+	$(VENV)/bin/python -P -m treesurgeon.experiments.ledger
 
 clean:  ## remove environments, caches and build output (runs/ stays)
 	rm -rf .venv .venv-* .shim .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environments. A stamp is younger than what it was installed from, or it is made again.
-$(BIN)/python:
+$(ENVIRONMENTS:%=%/bin/python): %/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "treesurgeon needs Python 3.11 or newer; name one with make PYTHON=python3.11" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $*
 
-$(PEERS)/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "treesurgeon needs Python 3.11 or newer; name one with make PYTHON=python3.11" >&2; exit 1; }
-	$(PYTHON) -m venv $(PEERS)
-
-$(CORE): $(PINS) | $(BIN)/python
-	$(BIN)/python -m pip install $(PIP_FLAGS) --editable .
+$(VENV)/.stamp: $(PINS) | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --editable .
 	@touch $@
 
-$(DEV): $(CORE)
-	$(BIN)/python -m pip install $(PIP_FLAGS) --editable ".[dev,eval]"
+$(DEV)/.stamp: $(PINS) | $(DEV)/bin/python
+	$(DEV)/bin/python -m pip install $(PIP_FLAGS) --editable ".[dev,eval]"
 	@touch $@
 
 # torch comes first and alone: its requirements differ between its builds for CPU and for GPU.
-$(PEERS_STAMP): $(PINS) | $(PEERS)/bin/python
+$(PEERS)/.stamp: $(PINS) | $(PEERS)/bin/python
 	$(PEERS)/bin/python -m pip install $(PIP_FLAGS) torch==2.13.0
 	$(PEERS)/bin/python -m pip install $(PIP_FLAGS) --editable ".[peers]"
 	@touch $@
