@@ -88,7 +88,8 @@ def supported(x: Float[Array, "*batch rows"], leaf: Any) -> list[str]:
     Names from `IMPLEMENTATIONS`, in order of preference.
 
   Example:
-    >>> supported(jnp.ones((1, 4)), leaves.SparseTensor(jnp.ones((2, 1)), jnp.ones((1, 1), jnp.uint8), 4, 1, 2, 4))
+    >>> places = jnp.ones((1, 1), jnp.uint8)
+    >>> supported(jnp.ones((1, 4)), leaves.SparseTensor(jnp.ones((2, 1)), places, 4, 1, 2, 4))
     ['reference']
   """
   return [name for name, i in IMPLEMENTATIONS.items() if not i.unsupported(x, leaf)]

@@ -39,6 +39,7 @@ TESTS = {
   "small groups": ArgSpec(5, 160, 7, bits=5, group_size=16, symmetric=False),
   "one bit": ArgSpec(1, 130, 4, bits=1, group_size=64, symmetric=False),
   "bfloat16": ArgSpec(2, 256, 16, dtype="bfloat16"),
+  "many tokens": ArgSpec(130, 1100, 3, group_size=32, symmetric=False),
   "one row": ArgSpec(1, 1, 3, group_size=1),
 }
 BENCHMARKS = {

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device layouts of codes, and conversion between them.
 
-Files and leaves hold the canonical bitstream; a backend may want another arrangement. Every layout is
-an (encode, decode) pair over plain codes, so each has a reference decoder and `repack` goes
-from any to any, exactly.
+Files and leaves hold the canonical bitstream; a backend may want another arrangement. Every layout
+is an (encode, decode) pair over plain codes, so each has a reference decoder and `repack` goes from
+any to any, exactly.
 
 * `bitstream`: `core.packing`, any width.
 * `native`: signed `jnp.int4` (up to 4 bits) or `jnp.int8`, code minus 2**(bits - 1): what XLA
@@ -77,7 +77,8 @@ def decode(
     ValueError: for an unknown layout, or one that cannot hold this format.
 
   Example:
-    >>> decode(jnp.array([[-8], [7]], jnp.int4), layout="native", bits=4, group_size=2, rows=2).tolist()
+    >>> packed = jnp.array([[-8], [7]], jnp.int4)
+    >>> decode(packed, layout="native", bits=4, group_size=2, rows=2).tolist()
     [[0], [15]]
   """
   return _find(layout, bits, group_size).decode(packed, bits, group_size, rows)

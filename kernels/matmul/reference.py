@@ -31,7 +31,9 @@ def matmul(x: Float[Array, "*batch rows"], leaf: Any) -> Float[Array, "*batch co
   return dot(x, leaves.dense(leaf).astype(x.dtype))
 
 
-def dot(x: Float[Array, "*batch rows"], w: Float[Array, "rows cols"]) -> Float[Array, "*batch cols"]:
+def dot(
+  x: Float[Array, "*batch rows"], w: Float[Array, "rows cols"]
+) -> Float[Array, "*batch cols"]:
   """Multiply two arrays of one dtype, accumulating and returning float32.
 
   Args:

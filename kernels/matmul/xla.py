@@ -25,6 +25,10 @@ from treesurgeon.core import leaves, packing
 
 ROWS = 128  # decoded tile of a chunk: 128 rows of 4096 float32 columns are 2 MiB
 TOKENS = 64  # up to so many tokens `grouped` keeps its partial products small
+# From so many tokens on `chunked` is bound by its products and accumulator, not by decoding: it
+# then scales larger tiles before one product each.
+MANY = 128
+MANY_ROWS = 1024
 
 
 def unsupported_chunked(x: jax.Array, leaf: Any) -> str:
@@ -99,8 +103,10 @@ def chunked(
   """
   flat = x.reshape(-1, leaf.rows).astype(jnp.float32)
   size, step = leaf.group_size, packing.period(leaf.bits)
-  if leaf.group_index is not None or (size < leaf.rows and size % step):
-    y = _by_row(flat, leaf)
+  if flat.shape[0] >= MANY:
+    y = _by_row(flat, leaf, MANY_ROWS)
+  elif leaf.group_index is not None or (size < leaf.rows and size % step):
+    y = _by_row(flat, leaf, ROWS)
   else:
     y = _by_group(flat, leaf)
   return y.reshape(*x.shape[:-1], leaf.cols)
@@ -184,14 +190,14 @@ def _by_group(x: jax.Array, leaf: leaves.QuantizedTensor) -> jax.Array:
   return y
 
 
-def _by_row(x: jax.Array, leaf: leaves.QuantizedTensor) -> jax.Array:
+def _by_row(x: jax.Array, leaf: leaves.QuantizedTensor, tile: int) -> jax.Array:
   """Scan over chunks of rows whose groups are arbitrary: each row looks its scale up."""
   if leaf.group_index is None:
     index = jnp.arange(leaf.rows) // leaf.group_size
   else:
     index = leaf.group_index[0]
   step = packing.period(leaf.bits)
-  chunk = _round_up(min(ROWS, leaf.rows), step)
+  chunk = _round_up(min(tile, leaf.rows), step)
   count = -(-leaf.rows // chunk)
   scales = leaf.scales.astype(jnp.float32)
   half = 2.0 ** (leaf.bits - 1)

@@ -301,7 +301,7 @@ def is_leaf(node: object) -> bool:
   return isinstance(node, Compressed)
 
 
-def dense(leaf: Leaf) -> jax.Array:
+def dense(leaf: Leaf) -> Any:
   """Return the array a leaf stands for; arrays pass through.
 
   Args:
@@ -400,7 +400,8 @@ def from_parts(meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> Leaf:
     ValueError: for an unknown leaf type, or a missing or unexpected part.
 
   Example:
-    >>> from_parts({"type": "LowRank", "scale": 1.0}, {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 3))}).shape
+    >>> factors = {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 3))}
+    >>> from_parts({"type": "LowRank", "scale": 1.0}, factors).shape
     (2, 3)
   """
   if not meta:
@@ -423,9 +424,7 @@ def from_parts(meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> Leaf:
     raise ValueError(f"{kind} has no field {unknown[0]!r}; it has {', '.join(fields)}")
   optional = {"zeros", "group_index"}
   values = {**dict.fromkeys(optional & set(fields)), **static, **arrays}
-  absent = [
-    n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING
-  ]
+  absent = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING]
   if absent:
     raise ValueError(f"{kind} lacks the part {absent[0]!r}")
   return cls(**values)

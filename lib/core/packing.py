@@ -4,8 +4,8 @@
 The stored form is a dense little-endian bitstream along the input (row) axis: code `i` of a
 column occupies bits `[i * bits, (i + 1) * bits)`. Viewed as int32 words along the rows this is the
 layout of compressed-tensors and of GPTQ; exporters only transpose. `period(bits)` codes fill whole
-bytes, so every width from 1 to 8 is a few shifts of whole byte rows: `planes` gives the codes as that
-many strided planes, which a matrix product can use without interleaving them.
+bytes, so every width from 1 to 8 is a few shifts of whole byte rows: `planes` gives the codes as
+that many strided planes, which a matrix product can use without interleaving them.
 """
 
 import math
@@ -52,7 +52,9 @@ def period(bits: int) -> int:
   return 8 // math.gcd(8, bits)
 
 
-def pack(codes: UInt8[Array, "*batch rows cols"], *, bits: int) -> UInt8[Array, "*batch bytes cols"]:
+def pack(
+  codes: UInt8[Array, "*batch rows cols"], *, bits: int
+) -> UInt8[Array, "*batch bytes cols"]:
   """Pack codes along the row axis into a little-endian bitstream.
 
   Args:

@@ -35,7 +35,9 @@ def test_hopeless_matrix_gives_nan():
 def test_inverse_from_cholesky():
   h = spd(5, 1)
   low = jnp.asarray(np.linalg.cholesky(h), jnp.float32)
-  np.testing.assert_allclose(linalg.inverse_from_cholesky(low), np.linalg.inv(h), rtol=1e-3, atol=1e-5)
+  np.testing.assert_allclose(
+    linalg.inverse_from_cholesky(low), np.linalg.inv(h), rtol=1e-3, atol=1e-5
+  )
 
 
 def test_inverse_factor_is_the_upper_cholesky_of_the_inverse():

@@ -6,7 +6,8 @@ own (`make test-peers` makes it) and this script runs there:
 
   python tests/peers/llmcompressor_codes.py tests/peers/gptq_codes.npz
 
-wrote the committed file, with llmcompressor 0.14.0.1, compressed-tensors 0.19.0, torch 2.13.0 (CPU).
+wrote the committed file, with llmcompressor 0.14.0.1, compressed-tensors 0.19.0 and torch 2.13.0 on
+a CPU.
 `gptq_test.py` runs it again where the environment is there and reads the file otherwise.
 """
 

@@ -2,18 +2,18 @@
 """GPTQ: round one input row at a time and let the rows not yet rounded make up for the error.
 
 For a kernel W (in, out) and inputs with second moment H = sum x xᵀ, the output error is
-tr(dWᵀ H dW). With (H + d I)⁻¹ = Uᵀ U, U upper triangular, row j is rounded to q_j and the rest takes
-W[j:] -= U[j, j:]ᵀ (w_j - q_j) / U_jj; updates beyond a block of rows are applied once a block. The result
-does not depend on the scale of H. Everything is computed in float32.
+tr(dWᵀ H dW). With (H + d I)⁻¹ = Uᵀ U, U upper triangular, row j is rounded to q_j and the rest
+takes W[j:] -= U[j, j:]ᵀ (w_j - q_j) / U_jj; updates beyond a block of rows are applied once a
+block. The result does not depend on the scale of H. Everything is computed in float32.
 
 Where we differ from the paper's code: grids are fitted beforehand to the original weights, as
 llm-compressor does (`scales="static"`; its codes are ours), so that activation order needs no
 `group_index`; with "dynamic" they are fitted to the corrected weights when a group starts, from
-up-to-date rows also inside a block, where the original reads stale ones. U comes from one factorization
-of the reversed H instead of inverting and factoring again. When H is not positive definite the
-damping rises tenfold until it is; if that fails the scales are NaN, which the drivers report with the
-leaf's address. Inputs that were never active have their weights zeroed, as in the original, unless no
-input was seen at all: then the method is rounding to nearest.
+up-to-date rows also inside a block, where the original reads stale ones. U comes from one
+factorization of the reversed H instead of inverting and factoring again. When H is not positive
+definite the damping rises tenfold until it is; if that fails the scales are NaN, which the drivers
+report with the leaf's address. Inputs that were never active have their weights zeroed, as in the
+original, unless no input was seen at all: then the method is rounding to nearest.
 """
 
 from typing import Any, NamedTuple
@@ -79,7 +79,8 @@ def quantize(
     [3, 3]
   """
   rows = w.shape[0]
-  fit = {"bits": bits, "symmetric": symmetric, "mse": mse, "scale_dtype": scale_dtype or w.dtype.name}
+  scale_dtype = scale_dtype or w.dtype.name
+  fit = {"bits": bits, "symmetric": symmetric, "mse": mse, "scale_dtype": scale_dtype}
   grid = grids.fit(w, group_size=group_size, **fit)
   w, h = _without_dead(w.astype(jnp.float32), h.astype(jnp.float32))
   order = jnp.arange(rows)
@@ -203,7 +204,9 @@ def _rows_in_turn(
     run = jax.lax.dynamic_slice_in_dim(part, first, size, axis=0)
     return grids.fit(run, group_size=size, **how)
 
-  def one_row(i: jax.Array, state: tuple, start: jax.Array, u: jax.Array, all_w: jax.Array) -> tuple:
+  def one_row(
+    i: jax.Array, state: tuple, start: jax.Array, u: jax.Array, all_w: jax.Array
+  ) -> tuple:
     w_b, codes_b, errors_b, grid = state
     group = groups[start + i]
     if refit is not None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Uniform grids: fit scales and zero points to groups of weights, and round to them.
 
-The rules are those of compressed-tensors and llm-compressor. Symmetric: `s = max|w| / ((2^b - 1) / 2)`,
-so 7.5 for 4 bits, and the zero point is `2^(b-1)`. Asymmetric: `s = (max - min) / (2^b - 1)`,
-`z = clip(round(-min / s))`, the range forced to contain 0. Rounding is half to even. Codes
-are unsigned (theirs are shifted by `2^(b-1)`). Everything is computed in float32.
+The rules are those of compressed-tensors and llm-compressor. Symmetric grids have
+`s = 2 max|w| / (2^b - 1)`, which is max|w| / 7.5 for 4 bits, and the zero point `2^(b-1)`.
+Asymmetric ones have `s = (max - min) / (2^b - 1)` and `z = clip(round(-min / s))`, the range forced
+to contain 0. Rounding is half to even. Codes are unsigned (theirs are shifted by `2^(b-1)`).
+Everything is computed in float32.
 """
 
 from typing import Any, NamedTuple
@@ -262,9 +263,7 @@ def _groups(w: jax.Array, group_size: int) -> jax.Array:
   return jnp.pad(w, widths).reshape(*batch, -1, group_size, cols)
 
 
-def _from_range(
-  bottom: jax.Array, top: jax.Array, bits: int, symmetric: bool, store: Any
-) -> Grid:
+def _from_range(bottom: jax.Array, top: jax.Array, bits: int, symmetric: bool, store: Any) -> Grid:
   steps = 2**bits - 1
   scales = jnp.maximum(-bottom, top) / (steps / 2) if symmetric else (top - bottom) / steps
   stored = scales.astype(store)

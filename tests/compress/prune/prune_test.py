@@ -87,7 +87,9 @@ def test_ties_keep_exact_counts():
 
 def test_dtype_and_packed_bytes():
   w = weights(64, 8)
-  leaf = apply(magnitude.magnitude(pattern="2:4", packed=True), jnp.asarray(w, jnp.bfloat16), inputs(64))
+  leaf = apply(
+    magnitude.magnitude(pattern="2:4", packed=True), jnp.asarray(w, jnp.bfloat16), inputs(64)
+  )
   assert leaf.dtype == jnp.bfloat16
   assert leaves.bits_per_weight(leaf) == 8 + 1  # half the values, and 2 bits for each of those
   assert magnitude.prune(jnp.asarray(w, jnp.bfloat16), sparsity=0.5).dtype == jnp.bfloat16
@@ -127,5 +129,7 @@ def test_arguments(arguments, message):
 
 
 def test_rows_must_fit_the_pattern():
-  with pytest.raises(ValueError, match="2:4 sparsity needs a multiple of 4 input rows; the kernel has 6"):
+  with pytest.raises(
+    ValueError, match="2:4 sparsity needs a multiple of 4 input rows; the kernel has 6"
+  ):
     apply(wanda.wanda(pattern="2:4"), weights(6, 2), inputs(6))

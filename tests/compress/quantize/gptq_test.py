@@ -56,7 +56,9 @@ def error(w, h, codes, grid, group_of_row, bits):
 
 
 def solve(w, h, **how):
-  out = jax.jit(lambda w, h: gptq.quantize(w, h, **how))(jnp.asarray(w), jnp.asarray(h, jnp.float32))
+  out = jax.jit(lambda w, h: gptq.quantize(w, h, **how))(
+    jnp.asarray(w), jnp.asarray(h, jnp.float32)
+  )
   index = out.group_index
   return out, np.arange(len(w)) // how["group_size"] if index is None else np.asarray(index)
 

@@ -70,7 +70,10 @@ def test_scales_are_rounded_before_use():
   w = jnp.asarray(weights(8, 2))
   grid = grids.fit(w, bits=4, group_size=8, symmetric=False, scale_dtype="bfloat16")
   assert grid.scales.dtype == jnp.bfloat16
-  assert grids.fit(w.astype(jnp.float16), bits=4, group_size=8, symmetric=True).scales.dtype == jnp.float16
+  assert (
+    grids.fit(w.astype(jnp.float16), bits=4, group_size=8, symmetric=True).scales.dtype
+    == jnp.float16
+  )
 
 
 @pytest.mark.parametrize(

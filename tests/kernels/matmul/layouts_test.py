@@ -33,7 +33,8 @@ def test_any_to_any_round_trips(bits, rows):
 def test_gs32_words(bits):
   n = 16 // bits
   codes = draw(128 * n, bits).astype(np.int64)
-  words = np.asarray(layouts.encode(jnp.asarray(codes, jnp.uint8), layout="gs32", bits=bits, group_size=128))
+  packed = jnp.asarray(codes, jnp.uint8)
+  words = np.asarray(layouts.encode(packed, layout="gs32", bits=bits, group_size=128))
   for r, j in itertools.product([0, 5, 63], range(n)):
     word = words[r].astype(np.int64) & 0xFFFFFFFF
     np.testing.assert_array_equal((word >> (bits * j)) % 2**bits, codes[j * 128 + 2 * r])
