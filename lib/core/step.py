@@ -75,7 +75,7 @@ def spell(transform: Transform) -> str:
     transform: steps that registered factories returned.
 
   Returns:
-    Calls joined by " + ".
+    Calls joined by " + "; `chain()` for no step at all.
 
   Example:
     >>> from treesurgeon import registry
@@ -89,7 +89,7 @@ def spell(transform: Transform) -> str:
       continue
     given = ", ".join(f"{k}={_literal(v)}" for k, v in step.info["given"].items())
     calls.append(f"{step.info['name']}({given})")
-  return " + ".join(calls)
+  return " + ".join(calls) or "chain()"
 
 
 def method(name: str) -> Callable[[Callable[..., Step]], Callable[..., Transform]]:

@@ -1,123 +1,170 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The address grammar: every way through it comes back, and mistakes are named."""
+
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treesurgeon.core import leaves, model, paths
+from treesurgeon.core import leaves, paths
+
+words = st.text("abcxyz_", min_size=1, max_size=4)
 
 
-def tree(*bounds, width=2):
-  """Parameters with the given segments and one leaf outside."""
-  layers = {
-    f"{a}:{b}": {
-      "w": jnp.arange(a, b, dtype=jnp.float32)[:, None] * jnp.ones((1, width)),
-      "v": jnp.arange(a, b, dtype=jnp.float32),
-    }
-    for a, b in bounds
-  }
-  return {"embed": {"w": jnp.zeros(3)}, "layers": layers}
+@st.composite
+def flats(draw):
+  """Draws a model as address to host array: some outer leaves, layers of two structures."""
+  outer = draw(st.lists(words, min_size=1, max_size=3, unique=True))
+  kinds = [
+    {f"{w}/kernel": (2, 3) for w in draw(st.lists(words, min_size=1, max_size=2, unique=True))}
+    for _ in range(2)
+  ]
+  kinds[1]["extra/scale"] = (2,)
+  layers = draw(st.lists(st.sampled_from([0, 1]), max_size=12))
+  shapes = {f"{w}/leaf": (2,) for w in outer if w != "layers"}
+  for i, kind in enumerate(layers):
+    shapes.update({f"layers/{i}/{s}": shape for s, shape in kinds[kind].items()})
+  rng = np.random.default_rng(0)
+  return {a: rng.standard_normal(s).astype(np.float32) for a, s in shapes.items()}, layers
 
 
-def names(params):
-  return [f"{a}:{b}" for a, b, _ in paths.segments(params)]
+def equal(a, b):
+  assert list(a) == list(b)
+  for address in a:
+    np.testing.assert_array_equal(a[address], b[address], err_msg=address)
 
 
-def test_addresses_are_in_natural_order():
-  listed = paths.addresses(tree((0, 11)))
-  assert listed[0] == "embed/w"
-  assert listed.index("layers/2/w") < listed.index("layers/10/w")
-  assert paths.natural("layers/²/w") > paths.natural("layers/2/w")
+few = hypothesis.settings(deadline=None, max_examples=60)
 
 
-def test_flatten_and_unflatten_are_inverse():
-  params = tree((0, 2), (2, 3))
-  flat = paths.flatten(params)
-  assert list(flat) == paths.addresses(params)
-  again = paths.unflatten(flat)
-  assert names(again) == ["0:3"]
-  assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), flat, paths.flatten(again)))
+@few
+@hypothesis.given(flats())
+def test_flatten_undoes_unflatten(drawn):
+  flat, layers = drawn
+  tree = paths.unflatten(flat)
+  ordered = dict(sorted(flat.items(), key=lambda kv: paths.natural(kv[0])))
+  equal(paths.flatten(tree), ordered)
+  assert paths.addresses(tree) == list(ordered)
+  assert paths.num_layers(tree) == len(layers)
+  for address, leaf in flat.items():
+    np.testing.assert_array_equal(paths.get(tree, address), leaf)
 
 
-def test_update_shares_what_it_does_not_touch():
-  params = tree((0, 2), (2, 4))
-  out = paths.update(params, {"layers/0/w": jnp.ones(2)})
-  assert out["layers"]["0:2"]["v"] is params["layers"]["0:2"]["v"]
-  assert out["embed"]["w"] is params["embed"]["w"]
-  outer = paths.update(params, {"embed/w": jnp.ones(3)})
-  assert outer["layers"]["2:4"] is params["layers"]["2:4"]
+@few
+@hypothesis.given(flats())
+def test_segments_are_maximal_and_partition_the_layers(drawn):
+  flat, layers = drawn
+  found = paths.segments(paths.unflatten(flat))
+  runs = 1 + sum(a != b for a, b in zip(layers, layers[1:], strict=False)) if layers else 0
+  assert len(found) == runs
+  covered = [i for start, stop, _ in found for i in range(start, stop)]
+  assert covered == list(range(len(layers)))
 
 
-def test_update_splits_where_layers_differ_and_joins_where_they_agree_again():
-  params = tree((0, 5))
-  low = leaves.LowRank(jnp.ones((2, 1)), jnp.ones((1, 2)))
-  mixed = paths.update(params, {"layers/1/w": low, "layers/2/w": low})
-  assert names(mixed) == ["0:1", "1:3", "3:5"]
-  assert isinstance(mixed["layers"]["1:3"]["w"], leaves.LowRank)
-  assert paths.get(mixed, "layers/4/v") == 4
-  back = paths.update(mixed, {f"layers/{i}/w": paths.get(params, f"layers/{i}/w") for i in (1, 2)})
-  assert names(back) == ["0:5"]
-  assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), params, back))
-
-
-def test_update_keeps_segments_that_nothing_touched():
-  params = tree((0, 2), (2, 4))
-  assert names(paths.update(params, {"embed/w": jnp.ones(3)})) == ["0:2", "2:4"]
-  assert names(paths.update(params, {"layers/3/w": jnp.ones(2)})) == ["0:2", "2:4"]
-
-
-def test_update_works_on_shapes():
-  params = jax.eval_shape(lambda: tree((0, 3)))
-  out = paths.update(params, {"layers/1/w": jax.ShapeDtypeStruct((2,), jnp.bfloat16)})
-  assert names(out) == ["0:1", "1:2", "2:3"]
-  back = paths.update(out, {"layers/1/w": jax.ShapeDtypeStruct((2,), jnp.float32)})
-  assert names(back) == ["0:3"]
-  assert back["layers"]["0:3"]["v"].shape == (3,)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=6), st.data())
-def test_update_is_what_flat_dicts_do(kinds, data):
-  def leaf(kind, i):
-    return np.full((kind + 1,), i, np.float32)
-
-  flat = {f"layers/{i}/w": leaf(k, i) for i, k in enumerate(kinds)}
-  flat |= {f"layers/{i}/v": np.float32(i) for i in range(len(kinds))}
-  params = paths.unflatten(flat)
+@few
+@hypothesis.given(flats(), st.data())
+def test_update_changes_what_it_is_told(drawn, data):
+  flat, _ = drawn
   chosen = data.draw(st.lists(st.sampled_from(sorted(flat)), unique=True))
-  changes = {a: leaf(data.draw(st.integers(0, 2)), 9) for a in chosen if a.endswith("w")}
-  out = paths.update(params, changes)
-  want = flat | changes
-  got = paths.flatten(out)
-  assert set(got) == set(want)
-  for address, x in want.items():
-    np.testing.assert_array_equal(got[address], x)
-  bounds = paths.segments(out)
-  assert [a for a, _, _ in bounds] == [0, *(b for _, b, _ in bounds[:-1])]
-  if changes:
-    assert names(out) == names(paths.unflatten(want))
+  changes = {a: flat[a] + 1 for a in chosen}
+  tree = paths.unflatten(flat)
+  before = paths.flatten(tree)
+  updated = paths.update(tree, changes)
+  wanted = {a: changes.get(a, flat[a]) for a in before}
+  equal(paths.flatten(updated), wanted)
+  equal(paths.flatten(tree), before)
+  assert jax.tree.structure(updated) == jax.tree.structure(tree)
 
 
-def test_messages_name_the_nearest():
-  params = tree((0, 2))
-  with pytest.raises(ValueError, match=r"no address matches 'layers/7/w'; nearest: layers/1/w"):
-    paths.get(params, "layers/7/w")
-  with pytest.raises(ValueError, match="no address matches 'embed/x'"):
-    paths.update(params, {"embed/x": jnp.ones(3)})
-  with pytest.raises(ValueError, match=r"select='\(' is not a regular expression"):
-    paths.select(["a"], "(")
-  with pytest.raises(ValueError, match="a segment is named 'start:stop'"):
-    paths.segments({"layers": {"0": {}}})
+@few
+@hypothesis.given(flats(), st.data())
+def test_update_splits_segments_where_layers_stop_being_equal(drawn, data):
+  flat, _ = drawn
+  chosen = data.draw(st.lists(st.sampled_from(sorted(flat)), max_size=3, unique=True))
+  changes = {a: flat[a].astype(np.float16) for a in chosen}
+  updated = paths.update(paths.unflatten(flat), changes)
+  equal(paths.flatten(updated), {a: changes.get(a, flat[a]) for a in paths.flatten(updated)})
+  for start, stop, tree in paths.segments(updated):
+    assert all(x.shape[0] == stop - start for x in paths.walk(tree).values())
 
 
-def test_a_model_is_compared_by_identity_and_described_without_reading():
-  m = model.Model(None, tree((0, 2)))
-  assert m == m and m != m.replace() and len({m, m}) == 1
-  assert m.struct("layers/1/w") == jax.ShapeDtypeStruct((2,), jnp.float32)
-  assert m.size() == 9 and m.nbytes() == 36
-  part = model.Part(None, {"layers/1/w": jnp.ones(2)})
-  assert part.struct("layers/1/w").shape == (2,)
-  with pytest.raises(ValueError, match="layers/0/w is not in this part of the model: layers/1/w"):
-    part.update({"layers/0/w": jnp.ones(2)})
+@few
+@hypothesis.given(flats())
+def test_walk_and_nest(drawn):
+  flat, _ = drawn
+  tree = paths.unflatten(flat)
+  assert jax.tree.structure(paths.nest(paths.walk(tree))) == jax.tree.structure(tree)
+
+
+def test_untouched_leaves_are_shared():
+  tree = {
+    "a": {"w": jnp.ones(2)},
+    "layers": {"0:2": {"w": jnp.ones((2, 3)), "v": jnp.ones((2, 1))}},
+  }
+  out = paths.update(tree, {"layers/1/w": jnp.zeros(3)})
+  assert out["a"]["w"] is tree["a"]["w"]
+  assert out["layers"]["0:2"]["v"] is tree["layers"]["0:2"]["v"]
+
+
+def test_compressed_leaves_are_leaves():
+  low = leaves.LowRank(jnp.ones((3, 4, 1)), jnp.ones((3, 1, 5)))
+  tree = {"layers": {"0:3": {"kernel": low}}}
+  assert paths.get(tree, "layers/1/kernel").shape == (4, 5)
+  out = paths.update(tree, {"layers/1/kernel": jnp.zeros((4, 5))})
+  assert [s[:2] for s in paths.segments(out)] == [(0, 1), (1, 2), (2, 3)]
+  again = paths.unflatten(paths.flatten(tree))
+  assert jax.tree.structure(again) == jax.tree.structure(tree)
+
+
+def test_shapes_are_enough():
+  shapes = jax.eval_shape(lambda: {"layers": {"0:3": {"w": jnp.ones((3, 2))}}})
+  flat = paths.flatten(shapes)
+  assert flat["layers/2/w"].shape == (2,)
+  assert paths.unflatten(flat)["layers"]["0:3"]["w"].shape == (3, 2)
+
+
+def test_layer_two_comes_before_layer_ten():
+  flat = {f"layers/{i}/w": np.zeros(1) for i in (10, 2, 0)}
+  assert sorted(flat, key=paths.natural) == ["layers/0/w", "layers/2/w", "layers/10/w"]
+
+
+def test_select():
+  names = ["layers/0/mlp/up/kernel", "layers/10/mlp/up/kernel", "final_norm/scale"]
+  assert paths.select(names, "layers/1/.*|layers/10/.*") == names[1:2]
+  assert paths.select(names, ".*") == names
+
+
+@pytest.mark.parametrize(
+  ("pattern", "message"),
+  [
+    ("layers/0/mlp/upp/kernel", "nearest: layers/0/mlp/up/kernel"),
+    ("mlp/up", "no address matches 'mlp/up'"),  # fullmatch, not search
+    ("(", "is not a regular expression"),
+  ],
+)
+def test_a_selection_that_matches_nothing_is_named(pattern, message):
+  with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    paths.select(["layers/0/mlp/up/kernel", "final_norm/scale"], pattern)
+
+
+@pytest.mark.parametrize(
+  "address", ["layers/2/w", "layers/0/v", "w", "layers", "embed", "layers/0"]
+)
+def test_an_unknown_address_is_named(address):
+  tree = {"layers": {"0:2": {"w": jnp.zeros((2, 3))}}, "embed": {"w": jnp.zeros(2)}}
+  with pytest.raises(ValueError, match=f"no address matches '{address}'; nearest: "):
+    paths.get(tree, address)
+  with pytest.raises(ValueError, match=f"no address matches '{address}'"):
+    paths.update(tree, {address: jnp.zeros(3)})
+
+
+def test_a_wrong_segment_name():
+  with pytest.raises(ValueError, match="layers/first: a segment is named 'start:stop'"):
+    paths.segments({"layers": {"first": {}}})
+
+
+def test_a_model_without_leaves():
+  with pytest.raises(ValueError, match="the model has no leaves"):
+    paths.select([], ".*")
