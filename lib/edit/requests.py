@@ -97,7 +97,7 @@ def read(
   return out
 
 
-def from_record(record: Mapping[str, Any]) -> EditRequest:
+def from_record(record: Any) -> EditRequest:
   """Read one request, in CounterFact's nesting or flat.
 
   Args:

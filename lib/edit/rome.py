@@ -39,7 +39,7 @@ def rank_one_update(
   k0: Float[Array, " f"],
   v: Float[Array, " d"],
   *,
-  ridge: float = 1e-4,
+  ridge: float | Float[Array, ""] = 1e-4,
 ) -> tuple[Float[Array, " f"], Float[Array, " d"]]:
   """Change W the least such that k0 (W + u r) = v, for keys distributed as C.
 

@@ -51,7 +51,7 @@ def trace(
   rows: tokens.Statements,
   key: jax.Array,
   *,
-  noise: float = 3.0,
+  noise: float | Float[Array, ""] = 3.0,
   samples: int = 10,
 ) -> Trace:
   """Trace the first token of each answer.

@@ -46,11 +46,11 @@ def solve_value(
   layer: int | Int[Array, ""],
   *,
   steps: int = 40,
-  rate: float = 0.2,
-  kl: float = 0.0625,
-  decay: float = 0.5,
-  clamp: float = 4.0,
-  stop: float = 0.05,
+  rate: float | Float[Array, ""] = 0.2,
+  kl: float | Float[Array, ""] = 0.0625,
+  decay: float | Float[Array, ""] = 0.5,
+  clamp: float | Float[Array, ""] = 4.0,
+  stop: float | Float[Array, ""] = 0.05,
 ) -> Value:
   """Seek the change of a layer's output at the subject that makes the model give the new object.
 
@@ -209,7 +209,7 @@ def at_subject(
 
 
 def in_contexts(
-  request: tokens.Tokenized, drawn: Sequence[Int[Array, "count n"]], *, length: int
+  request: tokens.Tokenized, drawn: Sequence[Int[Array, "_ _"]], *, length: int
 ) -> tokens.Statements:
   """Put a request's prompt and new object behind each of several contexts.
 

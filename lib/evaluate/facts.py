@@ -76,19 +76,19 @@ class World:
   shown: np.ndarray
   vocabulary: tuple[str, ...]
 
-  def subject(self, index: int) -> str:
+  def subject(self, index: int | np.integer) -> str:
     """Return a subject's name."""
     first, last = self.names[index]
     return f"first{first} last{last}"
 
-  def prompt(self, relation: int, template: int) -> str:
+  def prompt(self, relation: int | np.integer, template: int | np.integer) -> str:
     """Return a template with a place for the subject; the last relation is the essence."""
     if relation == self.sizes.relations:
       return ESSENCE
     text = TEMPLATES[template]
     return text.replace("NOUN", f"noun{relation}").replace("VERB", f"verb{relation}")
 
-  def answer(self, relation: int, value: int) -> str:
+  def answer(self, relation: int | np.integer, value: int | np.integer) -> str:
     """Return the word of an object."""
     return f"job{value}" if relation == self.sizes.relations else f"object{relation}_{value}"
 
