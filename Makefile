@@ -9,16 +9,16 @@ JOBS ?= 2
 ARGS ?=
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+# The library alone, as a user has it; its development (libtpu, which the tests compile with,
+# complains in every program on a machine without a TPU); the peers; and the one peer that asks for
+# an older transformers than the others.
 VENV := .venv-$(VERSION)
+DEV := .venv-dev-$(VERSION)
 PEERS := .venv-peers-$(VERSION)
 LLMC := .venv-llmcompressor-$(VERSION)
-BIN := $(VENV)/bin
-CORE := $(VENV)/.stamp-core
-DEV := $(VENV)/.stamp-dev
-PEERS_STAMP := $(PEERS)/.stamp
-LLMC_STAMP := $(LLMC)/.stamp
+ENVIRONMENTS := $(VENV) $(DEV) $(PEERS) $(LLMC)
 PINS := setup.py pyproject.toml constraints.txt
-PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := -m pip install --quiet --disable-pip-version-check --constraint
 # The root stays off sys.path (-P, and the variable for what our processes start in turn): there
 # kernels/ would shadow another package of that name.
 export PYTHONSAFEPATH := 1
@@ -47,7 +47,7 @@ test: $(DEV)/.stamp  ## run the tests, the slow ones left out
 test-all: $(DEV)/.stamp  ## run the tests, the slow ones too
 	$(DEV)/bin/python $(PYTEST) $(ARGS)
 
-test-peers: $(PEERS_STAMP) $(LLMC_STAMP)  ## compare with transformers, peft, ... (own environments)
+test-peers: $(PEERS)/.stamp $(LLMC)/.stamp  ## compare with transformers, peft, ... (own environments)
 	LLMCOMPRESSOR_PYTHON=$(CURDIR)/$(LLMC)/bin/python $(PEERS)/bin/python $(PYTEST) tests/peers $(ARGS)
 
 lint: $(DEV)/.stamp  ## check style and formatting
@@ -76,15 +76,21 @@ $(ENVIRONMENTS:%=%/bin/python): %/bin/python:
 	$(PYTHON) -m venv $*
 
 $(VENV)/.stamp: $(PINS) | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --editable .
+	$(VENV)/bin/python $(PIP) constraints.txt --editable .
 	@touch $@
 
 $(DEV)/.stamp: $(PINS) | $(DEV)/bin/python
-	$(DEV)/bin/python -m pip install $(PIP_FLAGS) --editable ".[dev,eval]"
+	$(DEV)/bin/python $(PIP) constraints.txt --editable ".[dev,eval]"
 	@touch $@
 
 # torch comes first and alone: its requirements differ between its builds for CPU and for GPU.
 $(PEERS)/.stamp: $(PINS) | $(PEERS)/bin/python
-	$(PEERS)/bin/python -m pip install $(PIP_FLAGS) torch==2.13.0
-	$(PEERS)/bin/python -m pip install $(PIP_FLAGS) --editable ".[peers]"
+	$(PEERS)/bin/python $(PIP) constraints.txt torch==2.13.0
+	$(PEERS)/bin/python $(PIP) constraints.txt --editable ".[peers]"
+	@touch $@
+
+# It needs no pin of ours: the script that runs there imports nothing of treesurgeon.
+$(LLMC)/.stamp: constraints-llmcompressor.txt | $(LLMC)/bin/python
+	$(LLMC)/bin/python $(PIP) constraints-llmcompressor.txt torch==2.13.0
+	$(LLMC)/bin/python $(PIP) constraints-llmcompressor.txt llmcompressor
 	@touch $@
