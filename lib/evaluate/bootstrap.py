@@ -78,8 +78,8 @@ def paired_difference(
     ValueError: if the documents do not pair up, are fewer than two, or for a level outside (0, 1).
 
   Example:
-    >>> paired_difference([(2.0, 1), (6.0, 2)], [(1.0, 1), (4.0, 2)]).value
-    1.0
+    >>> paired_difference([(2.0, 1), (6.0, 1)], [(1.0, 1), (4.0, 1)]).value
+    1.5
   """
   if len(a) != len(b):
     raise ValueError(f"documents must pair up; the models have {len(a)} and {len(b)}")

@@ -18,6 +18,7 @@ from treesurgeon.train import data, feed, flops, loop, metrics, objectives, opti
 from treesurgeon.train import step as step_lib
 
 SPEC = models.Spec(vocab_size=11, d_model=8, num_layers=2, num_heads=2, d_ff=12, tied=True)
+CONSTANT = {"schedule": "constant"}  # one program for most tests, whatever their length
 PER_STEP = flops.train_flops(SPEC, 4 * 6, 6)
 
 
@@ -125,7 +126,7 @@ def test_masters_are_float32_below_a_bfloat16_model(model):
 
 def test_a_finished_run_is_read_back_and_an_extended_one_continues(model, tmp_path):
   def options(n):
-    return {"steps": n, "optimizer": {"schedule": "constant"}, "log_every": 1}
+    return {"steps": n, "optimizer": CONSTANT, "log_every": 1}
 
   whole = loop.fit(model, stream(), workdir=tmp_path / "whole", **options(6))
   loop.fit(model, stream(), workdir=tmp_path / "parts", **options(4))
@@ -143,7 +144,7 @@ def test_a_finished_run_is_read_back_and_an_extended_one_continues(model, tmp_pa
 
 def test_plain_iterables_resume_by_skipping(model, tmp_path):
   batches = [b for b, _ in zip(stream(), range(6), strict=False)]
-  options = {"optimizer": {"schedule": "constant"}}
+  options = {"optimizer": CONSTANT}
   whole = loop.fit(model, batches, steps=6, **options)
   loop.fit(model, batches, steps=4, workdir=tmp_path, **options)
   equal(whole.params, loop.fit(model, batches, steps=6, workdir=tmp_path, **options).params)
@@ -162,7 +163,7 @@ start = model.Model(spec, models.init(spec, jax.random.key(0)))
 kill = int(sys.argv[2])
 def look(m):
   look.calls += 1
-  if look.calls == kill:
+  if look.calls == kill:  # between two checkpoints, with records beyond the last one
     os.kill(os.getpid(), signal.SIGKILL)
   return {"looked": 1.0}
 look.calls = 0
@@ -172,24 +173,23 @@ loop.fit(start, data.batches(rows, batch=4), steps=9, workdir=sys.argv[1], check
 
 
 def test_a_killed_run_continues_to_the_same_losses(model, tmp_path):
-  def run(kill):
-    return subprocess.run(
-      [sys.executable, "-P", "-c", PROGRAM, str(tmp_path / "run"), str(kill)],
-      env={**os.environ, "JAX_COMPILATION_CACHE_DIR": ""},
-      capture_output=True,
-      text=True,
-      timeout=300,
-    )
-
-  assert run(8).returncode == -signal.SIGKILL
+  cache = jax.config.jax_compilation_cache_dir
+  killed = subprocess.run(
+    [sys.executable, "-P", "-c", PROGRAM, str(tmp_path / "run"), "8"],
+    env={**os.environ, **({"JAX_COMPILATION_CACHE_DIR": cache} if cache else {})},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
   partial = losses(tmp_path / "run")
-  assert max(partial) == 8
-  done = run(0)
-  assert done.returncode == 0, done.stderr
-  loop.fit(model, stream(), steps=9, workdir=tmp_path / "whole", log_every=1, accumulate=2)
-  resumed, whole = losses(tmp_path / "run"), losses(tmp_path / "whole")
-  assert resumed == whole
-  assert all(partial[s] == whole[s] for s in partial)
+  assert list(partial) == list(range(1, 9))
+  options = {"steps": 9, "log_every": 1, "accumulate": 2}
+  whole = loop.fit(model, stream(), workdir=tmp_path / "whole", **options)
+  resumed = loop.fit(model, stream(), workdir=tmp_path / "run", checkpoint_every=3, **options)
+  equal(whole.params, resumed.params)
+  assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+  assert all(partial[s] == losses(tmp_path / "whole")[s] for s in partial)
   steps = [r["step"] for r in metrics.read(tmp_path / "run") if "loss" in r]
   assert steps == list(range(1, 10))
 
@@ -208,29 +208,31 @@ def test_nothing_compiles_after_the_first_step(model):
     events = []
 
     def listen(name, seconds, **details):
-      if name.endswith("backend_compile_duration"):
+      if name.endswith(("backend_compile_duration", "jaxpr_trace_duration")):
         events.append(name)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-      loop.fit(model, stream(), steps=steps, log_every=2)
+      loop.fit(model, stream(), steps=steps, log_every=2, optimizer=CONSTANT)
     finally:
       jax.monitoring.unregister_event_duration_listener(listen)
     return len(events)
 
   compilations(2)  # what the first run of the process needs once
-  assert compilations(4) == compilations(12)
+  few = compilations(4)
+  assert few == compilations(12) and few > 0
 
 
 def test_stops_within_a_budget_of_operations(model):
-  out = loop.fit(model, stream(), max_flops=3.5 * PER_STEP)
+  out = loop.fit(model, stream(), max_flops=3.5 * PER_STEP, optimizer=CONSTANT)
   assert out.aux["flops"] == pytest.approx(3 * PER_STEP)
-  more = loop.fit(out, stream(), steps=99, max_flops=5.5 * PER_STEP, flops_before=3 * PER_STEP)
+  budget = {"steps": 99, "max_flops": 5.5 * PER_STEP, "flops_before": 3 * PER_STEP}
+  more = loop.fit(out, stream(), optimizer=CONSTANT, **budget)
   assert more.aux["flops"] == pytest.approx(5 * PER_STEP)
 
 
 def test_moments_are_carried_over(model):
-  options = {"optimizer": {"schedule": "constant"}}
+  options = {"optimizer": CONSTANT}
   whole = loop.fit(model, stream(), steps=4, **options)
   batches = [b for b, _ in zip(stream(), range(4), strict=False)]
   half = loop.fit(model, batches[:2], steps=2, **options)
@@ -269,7 +271,13 @@ def test_evaluates_and_records(model, tmp_path):
     return {"size": float(m.size())}
 
   loop.fit(
-    model, stream(), steps=5, workdir=tmp_path, evaluate=evaluate, evaluate_every=2
+    model,
+    stream(),
+    steps=5,
+    optimizer=CONSTANT,
+    workdir=tmp_path,
+    evaluate=evaluate,
+    evaluate_every=2,
   )
   seen = [r["step"] for r in metrics.read(tmp_path) if "size" in r]
   assert seen == [2, 4, 5]
