@@ -24,12 +24,14 @@ plt.switch_backend("agg")
 Result = Mapping[str, Any]
 COLORS = ("#2563a8", "#d9722b", "#3d8f5f", "#8f4f9f", "#7a7a7a", "#b03a48")
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2em auto; padding: 0 1em;
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 2em auto;
+  padding: 0 1em;
   color: #1d2329; background: #fff; }
 h1 { font-size: 1.7em; margin-bottom: .1em; } h2 { margin-top: 2em; font-size: 1.25em;
   border-bottom: 1px solid #d8dde3; padding-bottom: .2em; }
 table { border-collapse: collapse; margin: .8em 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .28em .8em; text-align: right; border-bottom: 1px solid #e8ebef; }
+th, td { padding: .28em .8em; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid #e8ebef; }
 th { font-weight: 600; color: #4a545f; } th:first-child, td:first-child { text-align: left; }
 td.best { font-weight: 700; } .lead { font-size: 1.08em; color: #39424c; }
 .finding { background: #f4f7fa; border-left: 4px solid #2563a8; padding: .6em 1em; margin: .8em 0; }
@@ -229,7 +231,7 @@ def _trees(results: Mapping[str, Result], section: Mapping[str, Any]) -> str:
   panes = []
   for name in section["stages"]:
     lines = [
-      f"{r['address']:<42} {' x '.join(map(str, r['shape'])):>12}  {r['kind']}"
+      f"{r['address']:<28}{' x '.join(map(str, r['shape'])):>12}  {r['kind']}"
       for r in results[name]["tree"]
     ]
     total = size(results[name]["nbytes"])
@@ -240,12 +242,25 @@ def _trees(results: Mapping[str, Result], section: Mapping[str, Any]) -> str:
 
 def _edit(results: Mapping[str, Result], section: Mapping[str, Any]) -> str:
   """Tabulate what an edit did to the fact, its paraphrases, its neighbours and the rest."""
+  r = results[section["stage"]]
   rows = [
-    [label, *[f"{results[section['stage']]['edit'][key][m]:.3f}" for m in section["metrics"]]]
+    [label, *[f"{r['edit'][key][m]:.3f}" for m in section["metrics"]]]
     for label, key in section["rows"].items()
   ]
-  head = ["", *section["metrics"].values()]
-  return table(head, rows) + _findings(results, section)
+  e = r["example"]
+  pairs = zip(e["before"], e["after"], strict=True)
+  shown = [[kind, prompt, old, new] for (kind, prompt, old), (_, _, new) in pairs]
+  seen, unseen = r["recall"]
+  effect = max(r["tracing"]["subject"])
+  return (
+    f"<p>The network answers {seen:.1%} of its facts in the wording it was taught and {unseen:.1%} "
+    f"in wordings it never saw. Restoring the state at the subject's last token recovers "
+    f"{effect:.2f} of the probability a corrupted subject costs: the precondition for an edit.</p>"
+    f"<p>One edit, {_t(e['true'])} becomes {_t(e['target'])}:</p>"
+    + table(["", "prompt", "before", "after"], shown)
+    + f"<p>{_t(section['below'])}</p>"
+    + table(["", *section["metrics"].values()], rows)
+  )
 
 
 _KINDS: dict[str, Callable[[Mapping[str, Result], Mapping[str, Any]], str]] = {
@@ -277,7 +292,9 @@ def _lineage(results: Sequence[Result]) -> str:
   for r in results:
     lines = [f"{x['expression']}    seed {x['seed']}, {x['driver']}" for x in r.get("lineage", ())]
     if lines:
-      parts.append(f"<p><b>{_t(r['name'])}</b></p><pre>{_t(chr(10).join(lines))}</pre>")
+      parts.append(
+        f"<details><summary>{_t(r['name'])}</summary><pre>{_t(chr(10).join(lines))}</pre></details>"
+      )
   return "".join(parts)
 
 

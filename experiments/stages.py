@@ -22,6 +22,8 @@ from treesurgeon import models, registry
 from treesurgeon.core import leaves, lineage
 from treesurgeon.core import model as model_lib
 from treesurgeon.evaluate import bootstrap, perplexity
+from treesurgeon.experiments import fact_stage
+from treesurgeon.io import export as export_lib
 from treesurgeon.io import loading, sink
 from treesurgeon.run import collect, describe, drivers
 from treesurgeon.train import corpus, data, loop, metrics
@@ -109,7 +111,7 @@ def run(lab: Lab, name: str, settings: Settings) -> dict[str, Any]:
     if settings.get("evaluate", True):
       result["evaluation"] = {t: evaluate(lab, model, t) for t in corpus.DOMAINS}
     result["lineage"] = lineage.to_json(model.lineage)
-    _save(lab, model, name, result.get("evaluation"))
+    _save(lab, model, name, result.get("evaluation"), result.pop("tokenizer_from", None))
   path = lab.folder(name) / "result.json"
   path.with_suffix(".tmp").write_text(json.dumps(result, indent=1))
   os.replace(path.with_suffix(".tmp"), path)
@@ -193,11 +195,24 @@ def export(lab: Lab, name: str, settings: Settings) -> tuple[None, dict[str, Any
     Nothing, and the directory.
   """
   model = lab.model(settings["model"])
-  dense = model.replace(params=leaves.map_leaves(leaves.dense, model.params))
   out = lab.workdir / name
   source = lab.folder(settings["model"]) / "model"
-  sink.save(dense, out, overwrite=True, tokenizer_from=source)
+  export_lib.to_hf(model, out, overwrite=True, tokenizer_from=source)
   return None, {"directory": str(out)}
+
+
+def facts(lab: Lab, name: str, settings: Settings) -> tuple[model_lib.Model, dict[str, Any]]:
+  """Train on a small world of facts and edit one of them.
+
+  Args:
+    lab: the experiment.
+    name: the stage.
+    settings: see `fact_stage.edit`.
+
+  Returns:
+    The edited model, and what the edit did.
+  """
+  return fact_stage.edit(lab.folder(name), settings, lab.seed)
 
 
 def evaluate(lab: Lab, model: model_lib.Model, domain: str) -> dict[str, Any]:
@@ -258,9 +273,12 @@ def _start(lab: Lab, settings: Settings) -> model_lib.Model:
   return model
 
 
-def _save(lab: Lab, model: model_lib.Model, name: str, evaluation: Any) -> None:
-  tokenizer = lab.workdir / "tokenizer"
-  bpe.save(lab.tokenizer, tokenizer, context=lab.text["length"])
+def _save(
+  lab: Lab, model: model_lib.Model, name: str, evaluation: Any, tokenizer: str | None
+) -> None:
+  if tokenizer is None:
+    tokenizer = str(lab.workdir / "tokenizer")
+    bpe.save(lab.tokenizer, tokenizer, context=lab.text["length"])
   figures = {
     f"{text}: {key}": numbers[key]
     for text, numbers in (evaluation or {}).items()
@@ -280,4 +298,5 @@ KINDS: dict[str, Callable[..., tuple[model_lib.Model | None, dict[str, Any]]]] =
   "train": train,
   "transform": transform,
   "export": export,
+  "facts": facts,
 }
