@@ -28,7 +28,7 @@ def train_flops(spec: Any, tokens: int, seq: int) -> float:
   Example:
     >>> spec = models.Spec(vocab_size=8, d_model=4, num_layers=2, num_heads=1, d_ff=8)
     >>> train_flops(spec, 10, 5)
-    23520.0
+    25920.0
   """
   attention = 0
   for heads, window in zip(spec.per_layer("num_heads"), spec.per_layer("window"), strict=True):

@@ -117,8 +117,12 @@ def build(
     objective reports.
 
   Example:
-    >>> callable(build(None, objective=None, optimizer=None, mask={}))
-    True
+    >>> square = lambda spec, p, batch, keys: (p["w"] ** 2, {})
+    >>> sgd = optimizers.build(name="sgd", b1=0.0, lr=0.5, schedule="constant", weight_decay=0.0)
+    >>> run = build(None, objective=square, optimizer=sgd, mask={"w": True})
+    >>> start = init({"w": jnp.float32(0.4)}, sgd.direction)
+    >>> round(float(run(start, {"w": None}, jnp.zeros((1, 1)))[0].train["w"]), 6)
+    0.0
   """
 
   def loss(train: Any, frozen: Any, batch: Any, keys: jax.Array) -> tuple[jax.Array, Any]:
