@@ -7,11 +7,21 @@ against 100 / 87.9 / 40.4 for fine-tuning. To reproduce is the order, not the nu
 paraphrases and spares neighbours, fine-tuning the same matrix does not spare them, and without the
 covariance (C = I) the rest of the world drifts.
 
+Expected (quick, mean of 3 seeds with 8 edits each; others: exact answers about the same subject in
+other relations, world: elsewhere, KL against the original in nats):
+                ES    PS    NS    others  world  KL
+  unedited     0.00  0.00  1.00    0.99   0.988  0
+  ROME         1.00  0.99  1.00    0.19   0.977  0.05
+  C = I        1.00  0.98  0.63    0.08   0.797  0.54
+  fine-tuning  1.00  1.00  0.29    0.14   0.569  1.65
+with a recall of 0.99 on unseen templates and a tracing effect of 0.34 to 0.46 at the subject in
+layer 0.
+
 Variants:
   (none)  256 subjects whose last names are shared by eleven, 6 layers of 192, 2.7 M parameters;
           about 400 CPU seconds of training a seed.
   quick   128 subjects whose last names are shared by two, 4 layers of 128, 0.8 M parameters;
-          about 80 CPU seconds a seed.
+          about 80 CPU seconds a seed to train, and 50 to edit.
   smoke   a few seconds; shows that it runs.
 
 Command: python -P -m treesurgeon.experiments.train_facts --config=configs/facts.py:quick
