@@ -16,6 +16,8 @@ Variants: `configs/quickstart.py:smoke` runs every stage at toy size in about a 
 
 import ml_collections
 
+from treesurgeon.configs import facts as facts_config
+
 SMALL, GROWTH = 2, 4
 TEXTS = ("code", "prose")
 
@@ -93,7 +95,8 @@ def _stages(
     "rtn_3bit": compress("compress.quantize.rtn(bits=3, group_size=32)"),
     "gptq_3bit": compress("compress.quantize.gptq(bits=3, group_size=32)", **blockwise),
     "edited": {
-      "kind": "facts", "variant": facts, "transform": "edit.rome(layer=0)", "evaluate": False,
+      "kind": "facts", "facts": facts_config.get_config(facts), "evaluate": False,
+      "transform": "edit.rome(layer=0)",
     },
     "export": {"kind": "export", "model": "gptq_4bit"},
   }  # fmt: skip

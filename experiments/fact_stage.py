@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import ml_collections
 
 from treesurgeon import registry
-from treesurgeon.configs import facts as facts_config
 from treesurgeon.core import model as model_lib
 from treesurgeon.edit import requests
 from treesurgeon.evaluate import edits, fact_texts, facts
@@ -23,13 +23,13 @@ def edit(
 
   Args:
     folder: where the trained network is kept, with its tokenizer.
-    settings: "variant" of `configs/facts.py` and "transform", the edit to keep.
+    settings: "facts", as in `configs/facts.py`, and "transform", the edit to keep.
     seed: of the world and the network.
 
   Returns:
     The edited model; its scores by method, recall, tracing, and one fact before and after.
   """
-  config = facts_config.get_config(settings["variant"])
+  config = ml_collections.ConfigDict(settings["facts"])
   config.cache = str(folder / "facts")
   learned = train_facts.learn(config, seed)
   subject, last = train_facts.effects(learned)

@@ -38,8 +38,10 @@ td.best { font-weight: 700; } .lead { font-size: 1.08em; color: #39424c; }
 .cost { border-color: #d9722b; }
 .even { border-color: #9aa3ad; } img { max-width: 100%; }
 pre { background: #f6f7f9; padding: .8em; overflow-x: auto; font-size: 12.5px; line-height: 1.4; }
+.wide { overflow-x: auto; font-size: 13px; }
 .trees { display: grid; grid-template-columns: 1fr 1fr; gap: 1em; } .muted { color: #67717c; }
-@media (max-width: 760px) { .trees { grid-template-columns: 1fr; } }
+@media (max-width: 760px) { .wide { overflow-x: auto; font-size: 13px; }
+.trees { grid-template-columns: 1fr; } }
 """
 
 
@@ -64,7 +66,12 @@ def write(
     if section.get("text"):
       body.append(f"<p>{_t(section['text'])}</p>")
     body.append(_KINDS[section["kind"]](by_name, section))
-  body += ["<h2>Every stage</h2>", stage_table(results), "<h2>Lineage</h2>", _lineage(results)]
+  body += [
+    "<h2>Every stage</h2>",
+    f"<div class=wide>{stage_table(results)}</div>",
+    "<h2>Lineage</h2>",
+    _lineage(results),
+  ]
   text = (
     "<!doctype html><html lang=en><meta charset=utf-8>"
     "<meta name=viewport content='width=device-width, initial-scale=1'>"

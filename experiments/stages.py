@@ -125,7 +125,7 @@ def train(lab: Lab, name: str, settings: Settings) -> tuple[model_lib.Model, dic
     lab: the experiment.
     name: the stage.
     settings: "spec" (a fresh model) or "model" (an earlier stage, changed by "transform" if
-      given); "domains", "batch", "max_flops", "optimizer".
+      given); "domains", "batch", "max_flops", "optimizer"; "types" of leaf that train.
 
   Returns:
     The model and its loss curve.
@@ -139,6 +139,7 @@ def train(lab: Lab, name: str, settings: Settings) -> tuple[model_lib.Model, dic
     batches,
     max_flops=settings["max_flops"],
     optimizer=dict(settings["optimizer"]),
+    types=settings.get("types"),
     seed=lab.seed,
     workdir=workdir,
     checkpoint_every=settings.get("checkpoint_every", 500),
