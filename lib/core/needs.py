@@ -18,7 +18,8 @@ class Statistic:
   """A statistic of the inputs of linear kernels, or of the loss gradient at leaves.
 
   Attributes:
-    fold: a name from `stats.FOLDS`, such as "second_moment", or "fisher".
+    fold: a name from `stats.FOLDS`, such as "second_moment", which is handed over as the fold's
+      state; or "fisher", an array of the leaf's shape.
     select: regular expression over addresses; None means the step's own selection.
   """
 
@@ -72,6 +73,10 @@ class Source(Protocol):
 
   def leaf(self, address: str) -> Any:
     """Read one leaf."""
+    ...
+
+  def struct(self, address: str) -> Any:
+    """Describe one leaf's shapes and dtypes, without reading it."""
     ...
 
 

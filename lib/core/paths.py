@@ -24,6 +24,10 @@ _LAYER = re.compile(r"layers/(\d+)/(.+)")
 Segment = tuple[int, int, Params, bool]  # start, stop, stacked leaves, whether their kind is new
 
 
+class NoMatch(ValueError):
+  """An address or a selection that a model does not have."""
+
+
 def segments(params: Params) -> list[tuple[int, int, Params]]:
   """List the stacked segments of a model in layer order.
 
@@ -209,7 +213,7 @@ def get(params: Params, address: str) -> Any:
     leaf = _descend(params, address)
     if leaf is not None:
       return leaf
-  raise ValueError(_no_match(address, addresses(params)))
+  raise NoMatch(_no_match(address, addresses(params)))
 
 
 def update(params: Params, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +240,7 @@ def update(params: Params, changes: Mapping[str, Any]) -> dict[str, Any]:
   names = addresses(params)
   unknown = sorted(set(changes) - set(names), key=natural)
   if unknown:
-    raise ValueError(_no_match(unknown[0], names))
+    raise NoMatch(_no_match(unknown[0], names))
   rest = walk({k: v for k, v in params.items() if k != "layers"})
   rest.update({k: v for k, v in changes.items() if not _LAYER.fullmatch(k)})
   out = nest(rest)
@@ -272,8 +276,27 @@ def select(names: Sequence[str], pattern: str) -> list[str]:
     raise ValueError(f"select={pattern!r} is not a regular expression: {error}") from error
   found = [n for n in names if compiled.fullmatch(n)]
   if not found:
-    raise ValueError(_no_match(pattern, names))
+    raise NoMatch(_no_match(pattern, names))
   return found
+
+
+def nearest(pattern: str, names: Iterable[str]) -> str:
+  """Name the addresses that look most like a pattern, for a message.
+
+  Args:
+    pattern: an address or a regular expression.
+    names: addresses to choose from.
+
+  Returns:
+    Up to three, joined by commas.
+
+  Example:
+    >>> nearest(r"layers/0/mlp/upp/.*", ["layers/0/mlp/up/kernel"])
+    'layers/0/mlp/up/kernel'
+  """
+  plain = re.sub(r"\\.|[.*+?()\[\]|^$]", "", pattern)
+  near = difflib.get_close_matches(plain, list(names), n=3, cutoff=0.0)
+  return ", ".join(near) or "(there is none)"
 
 
 def natural(address: str) -> tuple:
@@ -432,8 +455,4 @@ def _descend(tree: Any, name: str) -> Any:
 
 
 def _no_match(pattern: str, names: Iterable[str]) -> str:
-  names = list(names)
-  plain = re.sub(r"\\.|[.*+?()\[\]|^$]", "", pattern)
-  near = difflib.get_close_matches(plain, names, n=3, cutoff=0.0)
-  named = ", ".join(near) or "(the model has no leaves)"
-  return f"no address matches {pattern!r}; nearest: {named}"
+  return f"no address matches {pattern!r}; nearest: {nearest(pattern, names)}"

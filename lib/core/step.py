@@ -8,16 +8,17 @@ spelling of a transform is what its `repr` prints, a config holds, and the comma
 
 import functools
 import inspect
-import math
 import re
+import typing
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 
-from treesurgeon.core import leaves, model, needs, paths
+from treesurgeon.core import leaves, literals, model, needs, paths, programs
 
+compiled = programs.compiled
 Units = list[tuple[str, ...]]
 KERNELS = r"(?:.*/)?kernel"
 BLOCK_KERNELS = r"layers/.*/kernel"
@@ -87,20 +88,20 @@ def spell(transform: Transform) -> str:
     if "spelling" in step.info:
       calls.append(step.info["spelling"])
       continue
-    given = ", ".join(f"{k}={_literal(v)}" for k, v in step.info["given"].items())
+    given = ", ".join(f"{k}={literals.write(v)}" for k, v in step.info["given"].items())
     calls.append(f"{step.info['name']}({given})")
   return " + ".join(calls) or "chain()"
 
 
 def method(name: str) -> Callable[[Callable[..., Step]], Callable[..., Transform]]:
-  """Make a factory's step carry its name and bound arguments, and check the arguments' names.
+  """Make a factory's step carry its name and bound arguments, and check the arguments.
 
   Args:
     name: the name under which the registry lists the factory.
 
   Returns:
     A decorator for keyword-only functions that return one `Step`; the result returns a
-    `Transform`.
+    `Transform`, and raises ValueError for an argument of an unknown name or a wrong type.
 
   Example:
     >>> @method("demo.nothing")
@@ -112,6 +113,7 @@ def method(name: str) -> Callable[[Callable[..., Step]], Callable[..., Transform
 
   def decorate(factory: Callable[..., Step]) -> Callable[..., Transform]:
     signature = inspect.signature(factory)
+    hints = typing.get_type_hints(factory)
 
     @functools.wraps(factory)
     def build(**arguments: Any) -> Transform:
@@ -127,13 +129,25 @@ def method(name: str) -> Callable[[Callable[..., Step]], Callable[..., Transform
       ]
       if missing:
         raise ValueError(f"{name} needs the argument {missing[0]!r}")
-      arguments = {k: _freeze(v) for k, v in arguments.items()}
+      arguments = {k: literals.freeze(v) for k, v in arguments.items()}
+      odd = [k for k, v in arguments.items() if not literals.fits(v, hints.get(k, Any))]
+      try:
+        made = factory(**arguments)  # what it says of an argument is better than we can
+      except TypeError:
+        if not odd:
+          raise
+      if odd:
+        raise ValueError(
+          f"{name}: {odd[0]}={arguments[odd[0]]!r} must be {literals.name(hints[odd[0]])}"
+        )
       bound = signature.bind(**arguments)
       bound.apply_defaults()
       defaults = {p.name: p.default for p in signature.parameters.values()}
-      given = {k: v for k, v in bound.arguments.items() if v != defaults[k]}
+      given = {
+        k: v for k, v in bound.arguments.items() if (type(v), v) != (type(defaults[k]), defaults[k])
+      }
       info = {"name": name, "arguments": dict(bound.arguments), "given": given}
-      return (named(factory(**arguments), info),)
+      return (named(made, info),)
 
     return build
 
@@ -180,7 +194,8 @@ def over_leaves(
 
   Args:
     fn: `fn(w, **evidence, **hyper)` -> array or compressed leaf; the evidence is this leaf's. With
-      `random` it also receives `key`, which depends on the address alone.
+      `random` it also receives `key`, which depends on the address alone. Defined at the top of
+      a module, for programs are kept by it.
     hyper: keyword arguments of `fn`, hashable.
     select: which addresses, a regular expression; None means `default`.
     default: the selection when the user names none.
@@ -199,7 +214,8 @@ def over_leaves(
     >>> double.apply(m, {}, jax.random.key(0)).leaf("w").tolist()
     [2.0, 2.0]
   """
-  pattern = both(default if select is None else select, domain)
+  chosen = default if select is None else select
+  pattern = both(chosen, domain)
   wants = dict(wants or {})
   call = compiled(fn, tuple(sorted(hyper.items())))
 
@@ -221,7 +237,8 @@ def over_leaves(
     return m.update(changes)
 
   def units(names: Sequence[str]) -> Units:
-    return [(n,) for n in paths.select(names, pattern)]
+    possible = [n for n in names if re.fullmatch(domain, n)]
+    return [(n,) for n in paths.select(possible, chosen)]
 
   def reselect(narrower: str) -> Step:
     return over_leaves(
@@ -238,6 +255,7 @@ def over_groups(
   groups: str,
   hyper: Mapping[str, Any],
   wants: Mapping[str, needs.Need] | None = None,
+  select: str = ".*",
   random: bool = False,
   scope: Literal["leaf", "block"] = "leaf",
 ) -> Step:
@@ -249,6 +267,8 @@ def over_groups(
       addresses that agree in `group` are handed over together.
     hyper: keyword arguments of `fn`, hashable.
     wants: evidence by name.
+    select: regular expression; a group is changed if it matches all the group's addresses, and
+      must not match some of them only.
     random: whether `fn` takes a key, which depends on the group's name alone.
     scope: as in `over_leaves`.
 
@@ -271,13 +291,23 @@ def over_groups(
       match = re.fullmatch(groups, name)
       if match:
         found.setdefault(match["group"], {})[match["role"]] = name
-    return found
+    inside = {g: [bool(re.fullmatch(select, a)) for a in r.values()] for g, r in found.items()}
+    torn = [g for g, hits in inside.items() if any(hits) and not all(hits)]
+    if torn:
+      raise ValueError(
+        "the selection tears a group apart; these change together: "
+        f"{', '.join(found[torn[0]].values())}"
+      )
+    return {g: roles for g, roles in found.items() if all(inside[g])}
 
   def apply(m: model.Model, evidence: needs.Evidence, key: jax.Array) -> model.Model:
     changes = {}
     for group, roles in gather(m.addresses()).items():
       w = {r: m.leaf(a) for r, a in roles.items()}
       given = {n: {r: evidence[n][a] for r, a in roles.items()} for n in wants}
+      for n, need in wants.items():
+        for r, a in roles.items() if isinstance(need, needs.Donors) else ():
+          check_donors(a, w[r], given[n][r])
       w, given = leaves.map_leaves(leaves.dense, (w, given))
       if random:
         given["key"] = leaf_key(key, group)
@@ -286,10 +316,17 @@ def over_groups(
     return m.update(changes)
 
   def units(names: Sequence[str]) -> Units:
-    paths.select(names, groups)
+    possible = paths.select(names, groups)
+    paths.select(possible, select)
     return [tuple(roles.values()) for roles in gather(names).values()]
 
-  return Step(_aim(wants, groups), apply, scope, {}, units)
+  def reselect(narrower: str) -> Step:
+    return over_groups(
+      fn, groups=groups, hyper=hyper, wants=wants, select=both(select, narrower), random=random,
+      scope=scope,
+    )  # fmt: skip
+
+  return Step(_aim(wants, both(groups, select)), apply, scope, {}, units, reselect)
 
 
 def by_path(rules: Sequence[tuple[str, Transform]]) -> Transform:
@@ -298,14 +335,14 @@ def by_path(rules: Sequence[tuple[str, Transform]]) -> Transform:
   The evidence of all rules is gathered in one pass before any of them changes the model.
 
   Args:
-    rules: (regular expression over addresses, transform of leaf steps).
+    rules: (regular expression over addresses, transform of leaf steps); they may nest.
 
   Returns:
     A transform of one step.
 
   Raises:
-    ValueError: for a step that takes the whole model, and, when applied, for a rule that
-      matches nothing.
+    ValueError: without rules, for a pattern that does not compile or a step that takes the whole
+      model, and, when applied, for a rule that matches nothing.
 
   Example:
     >>> from treesurgeon import registry
@@ -313,9 +350,13 @@ def by_path(rules: Sequence[tuple[str, Transform]]) -> Transform:
     >>> by_path([("layers/0/.*", eight)])
     (by_path([('layers/0/.*', compress.quantize.rtn(bits=8))]),)
   """
+  if not rules:
+    raise ValueError("by_path needs at least one (regex, transform) pair")
   taken: list[str] = []
   narrowed: list[Step] = []
+  aims: list[str] = []
   for pattern, transform in rules:
+    _compile(pattern)
     earlier = "".join(rf"(?!(?:{p})\Z)" for p in taken)
     for step in transform:
       if step.reselect is None:
@@ -323,6 +364,7 @@ def by_path(rules: Sequence[tuple[str, Transform]]) -> Transform:
           f"by_path: {step!r} works on whole models, so it cannot be aimed at {pattern!r}"
         )
       narrowed.append(step.reselect(f"{earlier}(?:{pattern})"))
+      aims.append(pattern)
     taken.append(pattern)
 
   def apply(m: model.Model, evidence: needs.Evidence, key: jax.Array) -> model.Model:
@@ -332,7 +374,19 @@ def by_path(rules: Sequence[tuple[str, Transform]]) -> Transform:
     return m
 
   def units(names: Sequence[str]) -> Units:
-    return [u for step in narrowed for u in step.units(names)]
+    out: Units = []
+    for pattern, step in zip(aims, narrowed, strict=True):
+      try:
+        out += step.units(names)
+      except paths.NoMatch as error:
+        raise paths.NoMatch(
+          f"by_path: no address matches {pattern!r} that {step!r} can change and no earlier rule "
+          f"takes; nearest: {paths.nearest(pattern, names)}"
+        ) from error
+    return out
+
+  def reselect(narrower: str) -> Step:
+    return by_path([(both(narrower, p), t) for p, t in rules])[0]
 
   wants = {f"{i}.{n}": need for i, step in enumerate(narrowed) for n, need in step.needs.items()}
   scope = max((s.scope for s in narrowed), key=_SCOPES.index, default="leaf")
@@ -342,7 +396,7 @@ def by_path(rules: Sequence[tuple[str, Transform]]) -> Transform:
     "arguments": {"rules": [[p, spell(t)] for p, t in rules]},
     "spelling": f"by_path([{rules_spelled}])",
   }
-  return (Step(wants, apply, scope, info, units),)
+  return (Step(wants, apply, scope, info, units, reselect),)
 
 
 def leaf_key(key: jax.Array, address: str) -> jax.Array:
@@ -399,39 +453,6 @@ def both(a: str, b: str) -> str:
   return a if a == b else rf"(?=(?:{a})\Z)(?:{b})"
 
 
-@functools.lru_cache(maxsize=512)
-def compiled(fn: Callable[..., Any], hyper: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-  """Jit `fn(w, **given, **hyper)` once for each set of hyper-parameters, for any sharding of `w`.
-
-  Steps built twice share the program. Where `w` lives on a mesh with explicit axes the program
-  runs with automatic ones, so `fn` need not know about meshes.
-
-  Args:
-    fn: array function of a leaf, or a tree of leaves, and keyword evidence.
-    hyper: keyword arguments as sorted pairs, hashable.
-
-  Returns:
-    A function of (w, given).
-
-  Example:
-    >>> compiled(lambda w, by, factor: w + factor * by, (("factor", 2.0),))(1.0, {"by": 3.0}).item()
-    7.0
-  """
-
-  def call(w: Any, given: Mapping[str, Any]) -> Any:
-    return fn(w, **given, **dict(hyper))
-
-  jitted = jax.jit(call)
-
-  def run(w: Any, given: Mapping[str, Any]) -> Any:
-    mesh = _explicit_mesh(w)
-    if mesh is None:
-      return jitted(w, given)
-    return _under_auto_axes(call, w, given, mesh)
-
-  return run
-
-
 def _aim(wants: Mapping[str, needs.Need], pattern: str) -> dict[str, needs.Need]:
   """Point statistics without a selection of their own at the step's."""
   return {
@@ -442,58 +463,8 @@ def _aim(wants: Mapping[str, needs.Need], pattern: str) -> dict[str, needs.Need]
   }
 
 
-def _explicit_mesh(w: Any) -> Any:
-  """Find the mesh of a leaf whose sharding is part of its type (explicit axes), else None."""
-  for x in jax.tree.leaves(w):
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    mesh = getattr(sharding, "mesh", None)
-    if (
-      mesh is not None
-      and mesh.axis_names
-      and any(t == jax.sharding.AxisType.Explicit for t in mesh.axis_types)
-    ):
-      return getattr(getattr(x, "sharding", None), "mesh", mesh)
-  return None
-
-
-def _under_auto_axes(call: Callable[..., Any], w: Any, given: Any, mesh: Any) -> Any:
-  """Run with automatic axes; a result keeps the leaf's own layout where its axes still divide."""
-  first = jax.tree.leaves(w)[0]
-  spec = tuple(jax.typeof(first).sharding.spec)
-  shapes = jax.eval_shape(call, *jax.tree.map(_bare, (w, given)))
-  out, structure = jax.tree.flatten(
-    jax.tree.map(lambda x: _layout(x.shape, spec, mesh), shapes),
-    is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec),
-  )
-  with jax.set_mesh(mesh):
-    return _auto(call, tuple(out), structure)(w, given)
-
-
-@functools.lru_cache(maxsize=512)
-def _auto(call: Callable[..., Any], out: tuple, structure: Any) -> Callable[..., Any]:
-  return jax.jit(jax.sharding.auto_axes(call, out_sharding=jax.tree.unflatten(structure, out)))
-
-
-def _bare(x: Any) -> Any:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _layout(shape: tuple[int, ...], spec: tuple, mesh: Any) -> jax.sharding.PartitionSpec:
-  """Keep each trailing axis' placement where its size still divides."""
-  tail = ((None,) * len(shape) + spec)[-len(shape) :] if shape else ()
-  keep = []
-  for size, axis in zip(shape, tail, strict=True):
-    names = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
-    keep.append(axis if size % math.prod(mesh.shape[n] for n in names) == 0 else None)
-  return jax.sharding.PartitionSpec(*keep)
-
-
-def _freeze(value: Any) -> Any:
-  """Make lists tuples, so that bound arguments are hashable."""
-  return tuple(_freeze(v) for v in value) if isinstance(value, list | tuple) else value
-
-
-def _literal(value: Any) -> str:
-  if isinstance(value, tuple) and value and isinstance(value[0], Step):
-    return spell(value)
-  return repr(value)
+def _compile(pattern: str) -> None:
+  try:
+    re.compile(f"(?:{pattern})")
+  except re.error as error:
+    raise ValueError(f"by_path: {pattern!r} is not a regular expression: {error}") from error
