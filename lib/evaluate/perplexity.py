@@ -95,18 +95,18 @@ def evaluate(
   _check(ids, spec.vocab_size)
   context = spec.max_positions
   longest = max(len(x) for x in ids)
-  if window is None:
-    # A multiple of 64, so that texts of similar length share a compiled program.
-    window = min(context, LONGEST, -(-longest // 64) * 64)
-  stride = max(1, window // 2) if stride is None else stride
-  if not 2 <= window <= context:
-    raise ValueError(f"window={window} must lie between 2 and the model's context of {context}")
-  if not 1 <= stride <= window:
-    raise ValueError(f"stride={stride} must lie between 1 and window={window}")
+  # A multiple of 64, so that texts of similar length share a compiled program.
+  default = min(context, LONGEST, -(-longest // 64) * 64)
+  width = default if window is None else window
+  if not 2 <= width <= context:
+    raise ValueError(f"window={width} must lie between 2 and the model's context of {context}")
+  move = max(1, width // 2) if stride is None else stride
+  if not 1 <= move <= width:
+    raise ValueError(f"stride={move} must lie between 1 and window={width}")
   score = _scorer(spec, None if dtype is None else jnp.dtype(dtype).name)
   params = jax.device_put(model.params)  # a model read from disk would be sent with every batch
   totals, counts = np.zeros(len(ids)), np.zeros(len(ids), np.int64)
-  for tokens, weights, owners in _batches(ids, window=window, stride=stride, batch=batch):
+  for tokens, weights, owners in _batches(ids, window=width, stride=move, batch=batch):
     nll = np.asarray(score(params, tokens, weights), np.float64)
     np.add.at(totals, owners, nll[: len(owners)])
     np.add.at(counts, owners, weights[: len(owners)].sum(1).astype(np.int64))

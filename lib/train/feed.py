@@ -24,7 +24,7 @@ class Feed:
 
   def __init__(self, data: Iterable[Any], *, vocab_size: int):
     self._vocab = vocab_size
-    self._iterator = iter(data)
+    self._iterator: Any = iter(data)
     self._resumable = hasattr(self._iterator, "get_state")
     self._start = self._iterator.get_state() if self._resumable else None
     try:
