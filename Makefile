@@ -89,7 +89,7 @@ $(PEERS)/.stamp: $(PINS) | $(PEERS)/bin/python
 	$(PEERS)/bin/python $(PIP) constraints.txt --editable ".[peers]"
 	@touch $@
 
-# It needs no pin of ours: the script that runs there imports nothing of treesurgeon.
+# The script that runs there imports nothing of treesurgeon, which is therefore not installed.
 $(LLMC)/.stamp: constraints-llmcompressor.txt | $(LLMC)/bin/python
 	$(LLMC)/bin/python $(PIP) constraints-llmcompressor.txt torch==2.13.0
 	$(LLMC)/bin/python $(PIP) constraints-llmcompressor.txt llmcompressor
