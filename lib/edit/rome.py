@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from treesurgeon import models, stats
-from treesurgeon.core import leaves, linalg, needs, paths, step
+from treesurgeon.core import leaves, linalg, meshes, needs, paths, step
 from treesurgeon.core import model as model_lib
 from treesurgeon.edit import delta as deltas
 from treesurgeon.edit import tokens, value
@@ -149,7 +149,7 @@ def rome(
   wants: dict[str, needs.Need] = {"requests": needs.Requests(requests)}
   if covariance:
     wants["covariance"] = needs.Statistic("second_moment", re.escape(address))
-  return step.Step(wants, apply, "model", {}, units)
+  return step.Step(wants, meshes.with_auto_axes(apply), "model", {}, units)
 
 
 def edit(
