@@ -48,7 +48,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "gptq_2bit": prune("compress.quantize.gptq(bits=2, group_size=32)", **calibrated),
     "magnitude": prune("compress.prune.magnitude(sparsity=0.5)"),
     "wanda": prune("compress.prune.wanda(sparsity=0.5)", **calibrated),
-    "wanda_2_4": prune("compress.prune.wanda(n=2, m=4)", **calibrated),
+    "wanda_2_4": prune("compress.prune.wanda(pattern='2:4')", **calibrated),
   }  # fmt: skip
   config.stages, config.order = stages, tuple(n for n in stages if n != "export")
   config.claims = tuple(_claims().items())  # names hold dots, which no key may

@@ -14,7 +14,7 @@ other relations, world: elsewhere, KL against the original in nats):
   ROME         1.00  0.99  1.00    0.19   0.977  0.05
   C = I        1.00  0.98  0.63    0.08   0.797  0.54
   fine-tuning  1.00  1.00  0.29    0.14   0.569  1.65
-with a recall of 0.99 on unseen templates and a tracing effect of 0.34 to 0.46 at the subject in
+with a recall of 0.99 on unseen templates and a tracing effect of 0.34 to 0.47 at the subject in
 layer 0.
 
 Variants:

@@ -189,7 +189,7 @@ def _curves(results: Mapping[str, Result], section: Mapping[str, Any]) -> str:
     for name in stages:
       points = np.asarray(results[name].get("curve", []), float).reshape(-1, 2)
       xs += list(spent + points[:, 0])
-      ys += list(points[:, 1])
+      ys += list(_smooth(points[:, 1]))
       spent += results[name].get("flops", 0.0)
     ax.plot(xs, ys, color=color, label=label, linewidth=1.6)
     if ys:
@@ -197,7 +197,7 @@ def _curves(results: Mapping[str, Result], section: Mapping[str, Any]) -> str:
   low = min((e[0] for e in ends), default=0.0)
   ax.set_ylim(low * 0.97, low * section.get("zoom", 1.6))
   ax.set_xlabel("training FLOPs, cost of the small model included")
-  ax.set_ylabel("training loss (nats per token)")
+  ax.set_ylabel("training loss, smoothed (nats per token)")
   ax.legend(frameon=False)
   _bare(ax)
   return _figure(fig, section["heading"]) + _findings(results, section)
@@ -303,6 +303,12 @@ def _lineage(results: Sequence[Result]) -> str:
         f"<details><summary>{_t(r['name'])}</summary><pre>{_t(chr(10).join(lines))}</pre></details>"
       )
   return "".join(parts)
+
+
+def _smooth(y: np.ndarray, share: float = 0.03) -> np.ndarray:
+  """Average over a window of neighbours, narrower at the ends; single steps are noisy."""
+  half = max(1, int(len(y) * share))
+  return np.array([y[max(0, i - half) : i + half + 1].mean() for i in range(len(y))])
 
 
 def _bare(ax: Any) -> None:

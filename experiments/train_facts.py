@@ -131,18 +131,18 @@ def compare(learned: Learned, config: Any) -> dict[str, dict[str, float]]:
     world, rows=config.calibration_rows // 8, length=config.model.length, seed=2
   )
   text = [next(rows)["tokens"] for _ in range(8)]
+  asked = [requests.tokenize(r, tokenizer, separator=facts.STOP) for r in wanted]
   out = {"unedited": [edits.score(model, r, original, tokenizer) for r in wanted]}
   for name, expression in config.methods.items():
     (one,) = registry.parse(expression.format(layer=config.layer))
-    evidence = collect.evidence(one, model, collect.Materials(batches=text))
+    evidence = collect.evidence(one, model, collect.Materials(batches=text, requests=asked))
     out[name] = []
     for i, r in enumerate(wanted):
-      given = {**evidence, "requests": [requests.tokenize(r, tokenizer, separator=facts.STOP)]}
-      changed = one.apply(model, given, jax.random.key(i))
+      changed = one.apply(model, {**evidence, "requests": [asked[i]]}, jax.random.key(i))
       out[name].append(edits.score(changed, r, original, tokenizer))
   out["fine-tuning"] = []
-  for r in wanted:
-    changed = fine_tune(model, requests.tokenize(r, tokenizer), config.layer, **config.fine_tuning)
+  for r, ids in zip(wanted, asked, strict=True):
+    changed = fine_tune(model, ids, config.layer, **config.fine_tuning)
     out["fine-tuning"].append(edits.score(changed, r, original, tokenizer))
   return {name: edits.summarize(scores) for name, scores in out.items()}
 
