@@ -8,6 +8,7 @@ sharding, a host array stays on the host.
 """
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import numpy as np
 from treesurgeon.core import leaves, paths, step
 from treesurgeon.core import model as model_lib
 
+_LAYER = re.compile(r"layers/(\d+)/(.+)")
 Pieces = tuple[tuple[str, tuple[int, ...]], ...]
 
 
@@ -142,7 +144,8 @@ def reassemble(model: model_lib.Model, index: Sequence[int]) -> model_lib.Model:
 
   Args:
     model: the model; not modified. Whatever in `aux` is laid out like its parameters, such as the
-      moments of an optax state under "optimizer", is gathered along.
+      moments of an optax state under "optimizer", or keyed by address, such as masks, is
+      gathered along.
     index: for each new layer the old one.
 
   Returns:
@@ -159,7 +162,10 @@ def reassemble(model: model_lib.Model, index: Sequence[int]) -> model_lib.Model:
   new = model.replace(
     spec=None if model.spec is None else model.spec.take_layers(index),
     params=take_layers(model.params, index),
-    aux=take_layers(dict(model.aux), index, like=model.params),
+    aux={
+      k: _by_address(v, index) if _addressed(v) else take_layers(v, index, like=model.params)
+      for k, v in model.aux.items()
+    },
   )
   notes = {
     "layers": [paths.num_layers(m.params) for m in (model, new)],
@@ -194,6 +200,20 @@ def _join(*parts: Any) -> Any:
 
 def _gather(x: jax.Array, places: jax.Array) -> jax.Array:
   return jnp.take(x, places, axis=0, mode="clip")
+
+
+def _addressed(value: Any) -> bool:
+  return isinstance(value, Mapping) and any(_LAYER.fullmatch(str(k)) for k in value)
+
+
+def _by_address(values: Mapping[str, Any], index: Sequence[int]) -> dict[str, Any]:
+  out = {k: v for k, v in values.items() if not _LAYER.fullmatch(k)}
+  for key, value in values.items():
+    match = _LAYER.fullmatch(key)
+    if match:
+      new = (i for i, old in enumerate(index) if old == int(match[1]))
+      out.update({f"layers/{i}/{match[2]}": value for i in new})
+  return out
 
 
 def _first(leaf: Any) -> Any:

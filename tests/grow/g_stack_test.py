@@ -81,6 +81,13 @@ def test_the_optimizer_grows_along():
   assert jax.tree.structure(updates) == jax.tree.structure(grown.params)
 
 
+def test_what_is_keyed_by_address_grows_along():
+  masks = {"layers/1/mlp/up/kernel": "b", "layers/0/mlp/up/kernel": "a", "lm_head/kernel": "c"}
+  grown = drivers.run(g_stack.g_stack(growth=2), make().replace(aux={"masks": masks}))
+  names = [f"layers/{i}/mlp/up/kernel" for i in range(4)]
+  assert grown.aux["masks"] == dict(zip(names, "abab", strict=True)) | {"lm_head/kernel": "c"}
+
+
 def test_index_lists():
   assert g_stack.stack_index(3, 2) == [0, 1, 2, 0, 1, 2]
   assert interpolate.repeat_index(3, 2) == [0, 0, 1, 1, 2, 2]
