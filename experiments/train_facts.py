@@ -170,7 +170,7 @@ def fine_tune(
   return model.update({address: w})
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "address", "steps"))
+@functools.partial(jax.jit, static_argnames=("spec", "address", "lr", "steps"))
 def _descend(
   spec: models.Spec,
   params: Mapping[str, Any],
