@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:
@@ -24,8 +26,11 @@ class Record:
     seed: the integer seed of the run.
     index: position of the step in its run; its key is `fold_in(key(seed), index)`.
     driver: "run", "run_blockwise" or "stream".
-    inputs: role ("base", "donor 0", "calibration") to digest.
-    versions: of treesurgeon, jax and python.
+    inputs: role ("base", "donor 0", "calibration", "batches") to digest.
+    recipe: how the inputs were prepared: of calibration text the "samples", "length" and "batch";
+      the dtypes that leaves were cast to before the run's first step ("dtype") and after its
+      last ("out_dtype").
+    versions: of treesurgeon, jax and python, and the platform.
     notes: what the step reported of itself (attained errors, warnings).
   """
 
@@ -35,6 +40,7 @@ class Record:
   index: int = 0
   driver: str = "run"
   inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
   notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -80,19 +86,20 @@ def from_json(items: list[dict[str, Any]]) -> tuple[Record, ...]:
 
 
 def versions() -> dict[str, str]:
-  """Name the versions a result depends on.
+  """Name what the bits of a result depend on besides its inputs.
 
   Returns:
-    Versions of treesurgeon, jax and python.
+    Versions of treesurgeon, jax and python, and the platform computed on.
 
   Example:
     >>> sorted(versions())
-    ['jax', 'python', 'treesurgeon']
+    ['jax', 'platform', 'python', 'treesurgeon']
   """
   return {
     "treesurgeon": importlib.metadata.version("treesurgeon"),
     "jax": importlib.metadata.version("jax"),
     "python": platform.python_version(),
+    "platform": jax.default_backend(),
   }
 
 

@@ -37,6 +37,10 @@ class Cast:
     """Read one leaf in the wanted dtype."""
     return cast(self._source.leaf(address), self._dtype)
 
+  def struct(self, address: str) -> Any:
+    """Describe one leaf's shapes and dtypes."""
+    return jax.eval_shape(lambda x: cast(x, self._dtype), self._source.struct(address))
+
 
 class CastSink:
   """A sink that changes the dtype of floating-point arrays before they are written.

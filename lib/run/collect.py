@@ -7,6 +7,7 @@ compiled program a layer structure, so that only what is asked for is computed a
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import optax
 
 from treesurgeon import models, stats
-from treesurgeon.core import leaves, needs, paths, step
+from treesurgeon.core import leaves, needs, paths, programs, step
 from treesurgeon.core import model as model_lib
 
 Wanted = dict[tuple[str, str], list[str]]  # (need's fold, address) -> names of the needs
@@ -29,18 +30,29 @@ class Materials:
   Attributes:
     batches: token batches (batch, length), iterated as often as needed.
     donors: other models, read leaf by leaf.
-    requests: edit requests.
+    requests: edit requests; None if there are none to hand over, which a step that needs some
+      refuses.
     open_model: resolves a donor's name in an expression to a source.
     read_requests: resolves a request file's name in an expression.
     digests: role ("base", "donor 0", "calibration") to sha256, for the lineage.
+    recipe: how batches and models were prepared, see `lineage.Record`.
   """
 
   batches: Sequence[np.ndarray] | Iterable[np.ndarray] = ()
   donors: Sequence[needs.Source] = ()
-  requests: Sequence[Any] = ()
+  requests: Sequence[Any] | None = None
   open_model: Callable[[str], needs.Source] | None = None
   read_requests: Callable[[str], Sequence[Any]] | None = None
   digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @functools.cached_property
+  def inputs(self) -> dict[str, str]:
+    """Digests of everything brought: those given, and one of the batches where they can be read."""
+    found = dict(self.digests)
+    if isinstance(self.batches, Sequence | np.ndarray) and len(self.batches):
+      found["batches"] = digest(self.batches)
+    return found
 
 
 class TreeView(Mapping[str, Any]):
@@ -61,7 +73,7 @@ class TreeView(Mapping[str, Any]):
 
 def evidence(
   one: step.Step, model: model_lib.Model, materials: Materials
-) -> dict[str, needs.Evidence]:
+) -> needs.Evidence:
   """Gather everything a step needs, with one pass over the batches.
 
   Args:
@@ -75,21 +87,69 @@ def evidence(
   Raises:
     ValueError: if something needed was not brought, names no leaf, or collected nothing.
   """
+  require(one, materials)
+  model = model.replace(params=programs.automatic(model.params))
   out: dict[str, Any] = {}
   statistics = {n: w for n, w in one.needs.items() if isinstance(w, needs.Statistic)}
   taps = {n: w for n, w in statistics.items() if w.fold != "fisher"}
-  if statistics and not _some(materials.batches):
-    raise ValueError(f"{one!r} needs calibration text and none was given")
   if taps:
     collected = tap_statistics(model, wanted(taps, model.addresses()), materials.batches)
     for name, need in taps.items():
       out[name] = {a: s for (fold, a), s in collected.items() if fold == need.fold}
   for name in statistics.keys() - taps.keys():
-    out[name] = fisher(model, materials.batches)
+    out[name] = fisher(model, materials.batches, select=statistics[name].select)
   for name, need in one.needs.items():
     if isinstance(need, needs.Donors | needs.Requests | needs.Batches):
       out[name] = brought(one, need, model, materials)
   return out
+
+
+def require(one: step.Step, materials: Materials) -> None:
+  """Refuse a step whose needs were not brought, before any work is done.
+
+  Args:
+    one: the step.
+    materials: what the caller brought.
+
+  Raises:
+    ValueError: naming the step and what it lacks.
+  """
+  for need in one.needs.values():
+    if isinstance(need, needs.Statistic):
+      if iter(materials.batches) is materials.batches:
+        raise ValueError(f"{one!r}: calibration batches are read more than once; give a list")
+      if hasattr(materials.batches, "__len__") and not len(materials.batches):  # pyright: ignore[reportArgumentType]
+        raise ValueError(f"{one!r} needs calibration text and none was given")
+    elif isinstance(need, needs.Donors):
+      if need.models and materials.open_model is None:
+        raise ValueError(f"{one!r}: no way was given to open models by name; pass donors instead")
+      if not need.models and not materials.donors:
+        raise ValueError(f"{one!r} needs donor models and none was given")
+    elif isinstance(need, needs.Requests):
+      if need.path and materials.read_requests is None:
+        raise ValueError(f"{one!r}: no way was given to read {need.path!r}; pass requests instead")
+      if not need.path and materials.requests is None:
+        raise ValueError(f"{one!r} needs edit requests and none were given")
+
+
+def digest(batches: Iterable[np.ndarray]) -> str:
+  """Hash token batches.
+
+  Args:
+    batches: integer arrays.
+
+  Returns:
+    Hexadecimal sha256 of shapes and tokens, whatever the integer type.
+
+  Example:
+    >>> digest([np.array([[1, 2]], np.int32)]) == digest([np.array([[1, 2]], np.int64)])
+    True
+  """
+  found = hashlib.sha256()
+  for tokens in batches:
+    array = np.asarray(tokens, np.int64)
+    found.update(repr(array.shape).encode() + array.tobytes())
+  return found.hexdigest()
 
 
 def brought(one: step.Step, need: needs.Need, base: needs.Source, materials: Materials) -> Any:
@@ -107,28 +167,23 @@ def brought(one: step.Step, need: needs.Need, base: needs.Source, materials: Mat
   Raises:
     ValueError: if it was not brought, or a donor's leaves differ from the base's.
   """
+  require(one, materials)
   if isinstance(need, needs.Donors):
     sources = list(materials.donors)
-    if need.models:
-      if materials.open_model is None:
-        raise ValueError(f"{one!r}: no way was given to open models by name; pass donors instead")
+    if need.models and materials.open_model is not None:
       sources = [materials.open_model(name) for name in need.models]
-    if not sources:
-      raise ValueError(f"{one!r} needs donor models and none was given")
     for i, source in enumerate(sources):
       check_alike(base, source, f"donor {i}")
     return needs.Aligned(sources)
   if isinstance(need, needs.Requests):
-    if need.path:
-      if materials.read_requests is None:
-        raise ValueError(f"{one!r}: no way was given to read {need.path!r}; pass requests instead")
+    if need.path and materials.read_requests is not None:
       return list(materials.read_requests(need.path))
-    return list(materials.requests)
+    return list(materials.requests or ())
   return materials.batches
 
 
 def check_alike(base: needs.Source, other: needs.Source, role: str) -> None:
-  """Refuse a donor whose vocabulary or leaves differ from the base's.
+  """Refuse a donor whose vocabulary, leaves or shapes differ from the base's, before any is read.
 
   Args:
     base: the model to be changed.
@@ -149,6 +204,19 @@ def check_alike(base: needs.Source, other: needs.Source, role: str) -> None:
     odd = sorted(a ^ b, key=paths.natural)[0]
     where = f"{role} lacks it" if odd in a else f"only {role} has it"
     raise ValueError(f"{odd}: {where}; merged models must have the same leaves")
+  for address in base.addresses():
+    want, have = base.struct(address).shape, other.struct(address).shape
+    if want != have:
+      raise ValueError(
+        f"{address}: {role} has shape {tuple(have)}, the base has {tuple(want)}; merged models "
+        "must have equal shapes"
+      )
+  for field in ("num_heads", "num_kv_heads", "head_dim"):  # which equal shapes do not tell
+    want, have = getattr(mine, field, None), getattr(theirs, field, None)
+    if want != have:
+      raise ValueError(
+        f"{role} has {field}={have}, the base has {want}; merged models must agree in it"
+      )
 
 
 def wanted(statistics: Mapping[str, needs.Statistic], names: Sequence[str]) -> Wanted:
@@ -268,31 +336,46 @@ def covered(want: Wanted, states: Mapping[int, Any]) -> dict[tuple[str, str], An
   return out
 
 
-def fisher(model: model_lib.Model, batches: Iterable[np.ndarray]) -> Mapping[str, Any]:
-  """Collect the diagonal empirical Fisher information of every leaf.
+def fisher(
+  model: model_lib.Model, batches: Iterable[np.ndarray], *, select: str | None = None
+) -> Mapping[str, Any]:
+  """Collect the diagonal empirical Fisher information of leaves.
 
   Args:
-    model: a model without compressed leaves.
+    model: the model; the leaves selected must not be compressed.
     batches: token batches.
+    select: regular expression over addresses; None means every leaf. Layers stacked with one that
+      is selected come along.
 
   Returns:
     Address to the mean squared per-example gradient, float32.
 
   Raises:
-    ValueError: if a leaf is compressed.
+    ValueError: if a leaf is compressed, nothing is selected, or there was no example.
   """
-  packed = [a for a, x in paths.walk(model.params).items() if leaves.is_leaf(x)]
+  chosen = set(paths.select(model.addresses(), select or ".*"))
+  params = programs.automatic(model.params)
+  stacks = {
+    name: set(paths.addresses(paths.nest({name: x}))) for name, x in paths.walk(params).items()
+  }
+  flat = {name: x for name, x in paths.walk(params).items() if stacks[name] & chosen}
+  packed = [
+    sorted(stacks[n] & chosen, key=paths.natural)[0] for n, x in flat.items() if leaves.is_leaf(x)
+  ]
   if packed:
     raise ValueError(
       f"{packed[0]}: a compressed leaf has no gradient; take Fisher before compressing"
     )
+  rest = {name: x for name, x in paths.walk(params).items() if name not in flat}
   loss = _loss(model.spec)
-  total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), model.params)
+  total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), flat)
   count = 0
   for tokens in batches:
-    total = stats.add_squared_gradients(total, model.params, jnp.asarray(tokens), loss=loss)
+    total = stats.add_squared_gradients(total, flat, jnp.asarray(tokens), rest, loss=loss)
     count += len(tokens)
-  return TreeView(total, lambda x: x / count)
+  if not count:
+    raise ValueError("Fisher information needs at least one example and there was none")
+  return TreeView(paths.nest(total), lambda x: x / count)
 
 
 def embed(model: model_lib.Model, tokens: np.ndarray) -> jax.Array:
@@ -305,8 +388,8 @@ def embed(model: model_lib.Model, tokens: np.ndarray) -> jax.Array:
   Returns:
     The input of the first block.
   """
-  outer = {k: v for k, v in model.params.items() if k != "layers"}
-  return _embed(model.spec, outer, jnp.asarray(tokens))
+  outer = {k: v for k, v in model.params.items() if k == "embed"}
+  return _embed(model.spec, programs.automatic(outer), jnp.asarray(tokens))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "pairs"))
@@ -345,6 +428,7 @@ def through_block(
   """
   flat = None if states is None else tuple(states[p] for p in pairs)
   where = None if index is None else jnp.int32(index)
+  params = programs.automatic(params)
   h, flat = _through(spec, params, where, h, jnp.int32(layer), tuple(pairs), flat)
   return h, dict(zip(pairs, flat, strict=True))
 
@@ -364,7 +448,7 @@ def at_head(
   Returns:
     Statistics.
   """
-  outer = {k: v for k, v in params.items() if k != "layers"}
+  outer = programs.automatic({k: v for k, v in params.items() if k != "layers"})
   flat = None if states is None else tuple(states[p] for p in pairs)
   flat = _head(spec, outer, h, tuple(pairs), flat)
   return dict(zip(pairs, flat, strict=True))
@@ -399,6 +483,11 @@ def _observer(pairs: tuple[tuple[str, str], ...]) -> Callable[[str, jax.Array], 
 
 
 def _merge(pairs: tuple[tuple[str, str], ...], states: Any, seen: Mapping[str, Any]) -> tuple:
+  absent = sorted({tap for _, tap in pairs} - set(seen))
+  if absent:
+    raise ValueError(
+      f"the forward pass has no tap {absent[0]!r}, so no statistic can be taken there"
+    )
   new = tuple(seen[tap][fold] for fold, tap in pairs)
   if states is None:
     return new
@@ -407,12 +496,9 @@ def _merge(pairs: tuple[tuple[str, str], ...], states: Any, seen: Mapping[str, A
 
 @functools.lru_cache(maxsize=32)
 def _loss(spec: Any) -> Callable[..., jax.Array]:
-  def loss(params: Any, tokens: jax.Array) -> jax.Array:
+  def loss(flat: Any, tokens: jax.Array, rest: Any) -> jax.Array:
+    params = paths.nest({**rest, **flat})
     logits = models.forward(spec, params, tokens[:, :-1]).logits
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
   return loss
-
-
-def _some(batches: Any) -> bool:
-  return len(batches) > 0 if hasattr(batches, "__len__") else True

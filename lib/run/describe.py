@@ -103,7 +103,8 @@ class Difference:
     address: the leaf.
     relative: norm of the difference over the norm of the first, 0 where equal; None where the
       leaf exists in one model alone or shapes differ.
-    note: "equal", "changed", "only in the first", "only in the second", or the two shapes.
+    note: "equal", "changed", "only in the first", "only in the second", or the two shapes; with
+      the two kinds where the leaf is stored as something else.
   """
 
   address: str
@@ -139,7 +140,10 @@ def differences(a: needs.Source, b: needs.Source) -> Iterable[Difference]:
         yield Difference(address, None, f"{tuple(x.shape)} -> {tuple(y.shape)}")
         continue
       relative = float(_relative(x, y))
-      yield Difference(address, relative, "changed" if relative else "equal")
+      note = "changed" if relative else "equal"
+      if kind(x) != kind(y):
+        note += f"{'' if relative else ' values'}, {kind(x)} -> {kind(y)}"
+      yield Difference(address, relative, note)
 
 
 def total(found: Iterable[Row]) -> tuple[int, int]:

@@ -8,6 +8,8 @@ memory. A leaf step gives the same bits under all three.
 """
 
 import collections
+import functools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treesurgeon.core import lineage, needs, paths, step
+from treesurgeon.core import lineage, needs, paths, programs, step
 from treesurgeon.core import model as model_lib
 from treesurgeon.run import collect, progress
 
@@ -39,6 +41,7 @@ def run(
   materials: collect.Materials | None = None,
   *,
   seed: int = 0,
+  first: int = 0,
 ) -> model_lib.Model:
   """Apply a transform to a whole model in memory.
 
@@ -46,7 +49,8 @@ def run(
     transform: steps, first applied first.
     model: the model; not modified.
     materials: batches, donors and requests.
-    seed: of everything random; step i uses `fold_in(key(seed), i)`.
+    seed: of everything random; step i uses `fold_in(key(seed), first + i)`.
+    first: the first step's index, for who does again a part of a longer transform.
 
   Returns:
     The changed model, with one lineage record more a step.
@@ -62,14 +66,7 @@ def run(
     >>> m.leaf("layers/0/mlp/up/kernel").bits
     4
   """
-  materials = materials or collect.Materials()
-  _check(transform, model)
-  for i, one in enumerate(transform):
-    evidence = collect.evidence(one, model, materials)
-    changed = one.apply(model, evidence, _key(seed, i))
-    model = _record(one, changed, i, seed, "run", materials)
-    check_finite(_leaves(model), f"after {one!r}")
-  return model
+  return _each(transform, model, materials, seed, first, "run")
 
 
 def run_blockwise(
@@ -78,23 +75,25 @@ def run_blockwise(
   materials: collect.Materials | None = None,
   *,
   seed: int = 0,
+  first: int = 0,
 ) -> model_lib.Model:
   """Apply a transform block by block, each seeing the outputs of the changed blocks before it.
 
   Only one block's statistics are held at a time, and the hidden states of all batches. A step of
-  scope "model" falls back to what `run` does.
+  scope "model" falls back to what `run` does. Fisher information is that of the unchanged model.
 
   Args:
     transform: steps, first applied first; each goes through all blocks before the next.
     model: the model; not modified.
     materials: batches, donors and requests.
-    seed: of everything random.
+    seed: of everything random, as for `run`.
+    first: the first step's index.
 
   Returns:
     The changed model.
 
   Raises:
-    ValueError: as `run`.
+    ValueError: as `run`, and for a step that changes leaves of several blocks together.
 
   Example:
     >>> import jax, numpy as np
@@ -106,16 +105,7 @@ def run_blockwise(
     >>> m.lineage[0].driver
     'run_blockwise'
   """
-  materials = materials or collect.Materials()
-  _check(transform, model)
-  for i, one in enumerate(transform):
-    if one.scope == "model":
-      changed = one.apply(model, collect.evidence(one, model, materials), _key(seed, i))
-    else:
-      changed = _blockwise(one, model, materials, _key(seed, i))
-    model = _record(one, changed, i, seed, "run_blockwise", materials)
-    check_finite(_leaves(model), f"after {one!r}")
-  return model
+  return _each(transform, model, materials, seed, first, "run_blockwise")
 
 
 def stream(
@@ -144,23 +134,29 @@ def stream(
   materials = materials or collect.Materials()
   for one in transform:
     refuse_unstreamable(one)
+    collect.require(one, materials)
   names = list(source.addresses())
+  groups = _groups(transform, names)
   donors = [
     {n: collect.brought(one, need, source, materials) for n, need in one.needs.items()}
     for one in transform
   ]
-  for group in progress.track(_groups(transform, names), "leaves"):
+  notes: list[dict[str, Any]] = [{} for _ in transform]
+  for group in progress.track(groups, "leaves"):
     if all(sink.done(a) for a in group):
       continue
     part = model_lib.Part(source.spec, {a: source.leaf(a) for a in group})
     check_finite(part.params.items(), "in the base model")
     for i, one in enumerate(transform):
-      part = one.apply(part, donors[i], _key(seed, i))
-    check_finite(part.params.items(), f"after {step.spell(transform)}")
+      before, part = part, one.apply(part, donors[i], _key(seed, i))
+      check_finite(_changes(before, part).items(), f"after {one!r}")
+      notes[i] = _merged(notes[i], part.aux.get("notes", {}))
+      part = part.replace(aux={})
     for address in group:
       sink.write(address, part.leaf(address))
   bare = model_lib.Model(source.spec, {})
   for i, one in enumerate(transform):
+    bare = bare.replace(aux={"notes": notes[i]})
     bare = _record(one, bare, i, seed, "stream", materials)
   return bare.lineage
 
@@ -207,47 +203,96 @@ def check_finite(named: Iterable[tuple[str, Any]], where: str) -> None:
   """Refuse NaN and infinite weights.
 
   Args:
-    named: (address, leaf) pairs.
+    named: (address, leaf) pairs; a stacked leaf is named by its segment, "layers/0:12/...".
     where: for the message: in which model, or after which step.
 
   Raises:
     ValueError: naming the address and how many values are not finite.
   """
-  for address, leaf in named:
-    for x in jax.tree.leaves(leaf):
-      if jnp.issubdtype(x.dtype, jnp.floating) and not _finite(x):
-        bad = int(np.sum(~np.isfinite(np.asarray(x, np.float32))))
-        raise ValueError(f"{address}: {bad} of {x.size} values are NaN or infinite {where}")
+  arrays = [
+    (address, x)
+    for address, leaf in named
+    for x in jax.tree.leaves(leaf)
+    if jnp.issubdtype(x.dtype, jnp.floating)
+  ]
+  # All are sent off before the first answer is awaited.
+  for (address, x), fine in zip(arrays, [_finite(x) for _, x in arrays], strict=True):
+    if fine:
+      continue
+    parts = address.split("/")
+    if ":" in parts[0 if len(parts) < 2 else 1]:
+      start, bad = int(parts[1].split(":")[0]), np.asarray(_count_bad(x, axis=1))
+      i = int(np.argmax(bad > 0))
+      address, count, size = "/".join([parts[0], str(start + i), *parts[2:]]), bad[i], x[i].size
+    else:
+      count, size = _count_bad(x, axis=0), x.size
+    raise ValueError(f"{address}: {int(count)} of {size} values are NaN or infinite {where}")
+
+
+def _each(
+  transform: step.Transform,
+  model: model_lib.Model,
+  materials: collect.Materials | None,
+  seed: int,
+  first: int,
+  driver: str,
+) -> model_lib.Model:
+  """Apply the steps one after another; arrays of an explicit mesh are relabelled meanwhile."""
+  materials = materials or collect.Materials()
+  _check(transform, model, materials)
+  mesh = programs.explicit_mesh(model.params)
+  model = model.replace(
+    params=programs.automatic(model.params), aux=programs.automatic(dict(model.aux))
+  )
+  for i, one in enumerate(transform, first):
+    one.units(model.addresses())
+    if driver == "run" or one.scope == "model":
+      # No name holds on to the evidence: the next step's is as large.
+      changed = one.apply(model, collect.evidence(one, model, materials), _key(seed, i))
+    else:
+      changed = _blockwise(one, model, materials, _key(seed, i))
+    check_finite(_changes(model, changed).items(), f"after {one!r}")
+    model = _record(one, changed, i, seed, driver, materials)
+  return model.replace(
+    params=programs.explicit(model.params, mesh), aux=programs.explicit(model.aux, mesh)
+  )
 
 
 def _blockwise(
   one: step.Step, model: model_lib.Model, materials: collect.Materials, key: jax.Array
 ) -> model_lib.Model:
+  collect.require(one, materials)
   names = model.addresses()
-  chosen = {a for unit in one.units(names) for a in unit}
+  units = one.units(names)
+  _refuse_torn(one, units)
+  chosen = {a for unit in units for a in unit}
   taps = {n: w for n, w in one.needs.items() if isinstance(w, needs.Statistic)}
   given: dict[str, Any] = {}
   for name, need in one.needs.items():
     if isinstance(need, needs.Statistic):
       if need.fold == "fisher":
-        given[name] = collect.fisher(model, materials.batches)
+        given[name] = collect.fisher(model, materials.batches, select=need.select)
         taps.pop(name)
     else:
       given[name] = collect.brought(one, need, model, materials)
   want = collect.wanted(taps, names)
   per_layer = collect.by_layer(want)
   batches = list(materials.batches) if want else []
-  if want and not batches:
-    raise ValueError(f"{one!r} needs calibration text and none was given")
+  last = paths.num_layers(model.params) if -1 in per_layer else max(per_layer, default=-1)
+  aux = dict(model.aux)
 
   def change(part: Mapping[str, Any], states: Mapping[int, Any], layer: int) -> dict[str, Any]:
+    if not part:
+      return {}
     mine = {k: v for k, v in want.items() if collect.layer_of(k[1]) == layer}
     seen = collect.covered(mine, states)
     evidence = dict(given)
     for name, need in taps.items():
       evidence[name] = {a: s for (fold, a), s in seen.items() if fold == need.fold}
-    out = one.apply(model_lib.Part(model.spec, part, aux=model.aux), evidence, key)
-    return {a: x for a, x in out.params.items() if x is not part[a]}
+    old = model_lib.Part(model.spec, part, aux=aux)
+    new = one.apply(old, evidence, key)
+    aux.update(_merged(aux, new.aux))
+    return _changes(old, new)
 
   early = {a: model.leaf(a) for a in names if a in chosen and a.startswith("embed/")}
   model = model.update(change(early, {}, -2))
@@ -258,11 +303,13 @@ def _blockwise(
     pairs, states = per_layer.get(layer, ()), None
     for h in hidden if pairs else ():
       _, states = collect.through_block(model.spec, tree, h, layer, pairs, states, index=place)
-    touched = {a: x for a, x in part.items() if a in chosen}
-    new = change(touched, {layer: states}, layer) if touched else {}
+    new = change({a: x for a, x in part.items() if a in chosen}, {layer: states}, layer)
     changes.update(new)
+    if layer >= last:
+      continue  # nobody asks what comes out
     nested = paths.nest({a.split("/", 2)[2]: new.get(a, x) for a, x in part.items()})
-    hidden = [collect.through_block(model.spec, nested, h, layer, (), None)[0] for h in hidden]
+    for n, h in enumerate(hidden):
+      hidden[n], _ = collect.through_block(model.spec, nested, h, layer, (), None)
   model = model.update(changes)
   states = None
   for h in hidden if -1 in per_layer else ():
@@ -270,7 +317,33 @@ def _blockwise(
   late = {
     a: model.leaf(a) for a in names if a in chosen and not a.startswith(("embed/", "layers/"))
   }
-  return model.update(change(late, {-1: states}, -1))
+  return model.update(change(late, {-1: states}, -1)).replace(aux=aux)
+
+
+def _refuse_torn(one: step.Step, units: step.Units) -> None:
+  """Refuse a unit that does not lie within one block, the embeddings, or what follows."""
+  for unit in units:
+    places = {-2 if a.startswith("embed/") else collect.layer_of(a) for a in unit}
+    if len(places) > 1:
+      raise ValueError(
+        f"{one!r} changes {unit[0]} together with {unit[-1]}, which lies in another block; use "
+        "the driver 'run'"
+      )
+
+
+def _changes(old: model_lib.Model, new: model_lib.Model) -> dict[str, Any]:
+  """List the leaves, as stored, that a step put in."""
+  held = {id(x) for x in paths.walk(old.params).values()}
+  return {a: x for a, x in paths.walk(new.params).items() if id(x) not in held}
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+  """Put together what several parts of a model told; mappings are united."""
+  out = dict(old)
+  for name, value in new.items():
+    both = isinstance(value, Mapping) and isinstance(out.get(name), Mapping)
+    out[name] = {**out[name], **value} if both else value
+  return out
 
 
 def _by_layer(params: paths.Params) -> list[tuple[int, int, Any]]:
@@ -315,17 +388,23 @@ def _record(
     seed=seed,
     index=index,
     driver=driver,
-    inputs=dict(materials.digests),
+    inputs=materials.inputs,
+    recipe=dict(materials.recipe),
     versions=lineage.versions(),
     notes=aux.pop("notes", {}),
   )
+  (record,) = lineage.from_json(json.loads(json.dumps(lineage.to_json((record,)))))
   return model.replace(lineage=(*model.lineage, record), aux=aux)
 
 
-def _check(transform: step.Transform, model: model_lib.Model) -> None:
-  """Find mistakes before any work is done: selections of the first step, weights not finite."""
-  for one in transform[:1]:
+def _check(transform: step.Transform, model: model_lib.Model, materials: collect.Materials) -> None:
+  """Find mistakes before any work is done: things not brought, selections, weights not finite."""
+  for one in transform:
+    collect.require(one, materials)
+  for one in transform:
     one.units(model.addresses())
+    if one.scope == "model":
+      break  # it may change the addresses
   check_finite(_leaves(model), "in the model")
 
 
@@ -340,3 +419,8 @@ def _key(seed: int, index: int) -> jax.Array:
 @jax.jit
 def _finite(x: jax.Array) -> jax.Array:
   return jnp.isfinite(x).all()
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def _count_bad(x: jax.Array, *, axis: int) -> jax.Array:
+  return (~jnp.isfinite(x)).sum(axis=tuple(range(axis, x.ndim)))

@@ -16,7 +16,11 @@ from jaxtyping import Array, Int
 
 @functools.partial(jax.jit, static_argnames="loss")
 def add_squared_gradients(
-  total: Any, params: Any, tokens: Int[Array, "batch length"], *, loss: Callable[..., jax.Array]
+  total: Any,
+  params: Any,
+  tokens: Int[Array, "batch length"],
+  *fixed: Any,
+  loss: Callable[..., jax.Array],
 ) -> Any:
   """Add every example's squared gradient to a running total.
 
@@ -24,7 +28,8 @@ def add_squared_gradients(
     total: tree like `params`, float32.
     params: tree of arrays.
     tokens: examples.
-    loss: (params, tokens (1, length)) -> scalar.
+    *fixed: what else the loss takes.
+    loss: (params, tokens (1, length), *fixed) -> scalar.
 
   Returns:
     The new total.
@@ -37,7 +42,7 @@ def add_squared_gradients(
   """
 
   def one(carry: Any, row: jax.Array) -> tuple[Any, None]:
-    g = jax.grad(loss)(params, row[None, :])
+    g = jax.grad(loss)(params, row[None, :], *fixed)
     return jax.tree.map(lambda t, x: t + jnp.square(x.astype(jnp.float32)), carry, g), None
 
   return jax.lax.scan(one, total, tokens)[0]

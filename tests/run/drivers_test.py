@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from treesurgeon import models, registry
+from treesurgeon.core import leaves, lineage, model, needs, paths, step
+from treesurgeon.run import collect, drivers, replay
+
+SPEC = models.Spec(vocab_size=19, d_model=8, num_layers=3, num_heads=2, d_ff=16, max_positions=16)
+TIED = dataclasses.replace(SPEC, tied=True)
+TEXT = [np.random.default_rng(i).integers(0, 19, (2, 6)) for i in range(2)]
+GPTQ = "compress.quantize.gptq(bits=3, group_size=8)"
+
+
+def make(spec=SPEC, seed=0):
+  return model.Model(spec, models.init(spec, jax.random.key(seed)))
+
+
+def materials(**more):
+  return collect.Materials(**{"batches": TEXT, "donors": [make(seed=1), make(seed=2)], **more})
+
+
+class Memory:
+  """A sink that keeps leaves, and may break off."""
+
+  def __init__(self, limit=10**9):
+    self.flat, self.limit = {}, limit
+
+  def done(self, address):
+    return address in self.flat
+
+  def write(self, address, leaf):
+    if len(self.flat) == self.limit:
+      raise KeyboardInterrupt
+    self.flat[address] = leaf
+
+  def model(self, spec):
+    return model.Model(spec, paths.unflatten(self.flat))
+
+
+def noise(w, key):
+  return (leaves.dense(w) + 0.1 * jax.random.normal(key, w.shape)).astype(w.dtype)
+
+
+def damaged(w):
+  return jnp.where(jnp.arange(w.size).reshape(w.shape) < 2, jnp.nan, w)
+
+
+def scaled(w, inputs):
+  return w * (inputs.value / inputs.count).sum()
+
+
+@step.method("test.noisy")
+def noisy(*, select: str | None = None) -> step.Step:
+  """Add noise."""
+  return step.over_leaves(
+    noise, hyper={}, select=select, default=".*", domain=".*", random=True, raw=True
+  )
+
+
+@step.method("test.damage")
+def damage(*, select: str) -> step.Step:
+  """Break weights."""
+  return step.over_leaves(damaged, hyper={}, select=select)
+
+
+@step.method("test.scale")
+def scale(*, select: str | None = None) -> step.Step:
+  """Scale by the inputs."""
+  wants = {"inputs": needs.Statistic("sum_squares")}
+  return step.over_leaves(scaled, hyper={}, select=select, wants=wants, scope="block")
+
+
+def test_every_driver_gives_a_leaf_step_the_same_bits():
+  quantize = registry.parse("compress.quantize.rtn(bits=4, group_size=8, select='layers/1/.*')")
+  mixed = step.by_path([("layers/[02]/mlp/.*", noisy()), ("(embed|lm_head)/.*", noisy() + noisy())])
+  merge = registry.parse("merge.linear()")
+  transform = merge + noisy() + quantize + mixed
+  m = make()
+  whole = drivers.run(transform, m, materials(), seed=4)
+  blocks = drivers.run_blockwise(transform, m, materials(), seed=4)
+  sink = Memory()
+  records = drivers.stream(transform, m, sink, materials(), seed=4)
+  assert replay.differing(whole, blocks) == []
+  assert replay.differing(whole, sink.model(SPEC)) == []
+  assert replay.differing(whole, drivers.run(transform, m, materials(), seed=5)) != []
+  assert [(r.expression, r.index, r.seed) for r in records] == [
+    (r.expression, r.index, r.seed) for r in whole.lineage
+  ]
+  assert {r.driver for r in records} == {"stream"}
+  assert m.lineage == () and len(whole.lineage) == 4
+
+
+def test_a_broken_off_stream_goes_on_where_it_was():
+  transform, m = noisy(), make()
+  whole, sink = Memory(), Memory(limit=5)
+  drivers.stream(transform, m, whole)
+  with pytest.raises(KeyboardInterrupt):
+    drivers.stream(transform, m, sink)
+  sink.limit, before = 10**9, dict(sink.flat)
+  drivers.stream(transform, m, sink)
+  assert replay.differing(sink.model(SPEC), whole.model(SPEC)) == []
+  assert all(sink.flat[a] is x for a, x in before.items())
+
+
+@pytest.mark.parametrize("spec", [SPEC, TIED], ids=["untied", "tied"])
+def test_blockwise_is_the_loop_one_would_write(spec):
+  select = "(layers|lm_head)/.*" if not spec.tied else "layers/.*"
+  (one,) = scale(select=select)
+  m = make(spec)
+  done = drivers.run_blockwise((one,), m, materials())
+  flat = paths.flatten(m.params)
+  hidden = [models.embed(spec, m.params, b) for b in TEXT]
+
+  def change(kernels, taps):
+    for address in kernels:
+      x = np.concatenate([np.asarray(t[models.tap_of(address)], np.float64) for t in taps])
+      flat[address] = flat[address] * float((x.reshape(-1, x.shape[-1]) ** 2).mean(0).sum())
+
+  for i in range(spec.num_layers):
+    names = [a for a in flat if a.startswith(f"layers/{i}/")]
+
+    def nested(i=i, names=names):
+      return paths.nest({a.split("/", 2)[2]: flat[a] for a in names})
+
+    see = [models.block(spec, nested(), h, layer=i, observe=lambda n, x: x)[1] for h in hidden]
+    change([a for a in names if a.endswith("kernel")], see)
+    hidden = [models.block(spec, nested(), h, layer=i)[0] for h in hidden]
+  if not spec.tied:
+    see = []
+    for h in hidden:
+      models.head(spec, m.params, h, observe=lambda n, x: see.append({n: x}))
+    change(["lm_head/kernel"], see)
+  for address, want in flat.items():
+    np.testing.assert_allclose(done.leaf(address), want, rtol=2e-4, err_msg=address)
+
+
+def test_blockwise_embeds_with_the_changed_embeddings():
+  transform = noisy(select="embed/tokens/embedding") + scale()
+  m = make(TIED)
+  both = drivers.run_blockwise(transform, m, materials(), seed=1)
+  (record,) = both.lineage[1:]
+  first = drivers.run(transform[:1], m, materials(), seed=1)
+  then = drivers.run_blockwise(transform[1:], first, materials(), seed=1, first=1)
+  assert replay.differing(both, then) == []
+  assert record == then.lineage[-1]
+
+
+def test_blockwise_compiles_as_much_for_six_layers_as_for_three():
+  sizes = []
+  for layers in (3, 6):
+    m = make(dataclasses.replace(SPEC, num_layers=layers, d_ff=24))
+    collect._through.clear_cache()
+    drivers.run_blockwise(scale(), m, materials())
+    sizes.append(collect._through._cache_size())
+  # With statistics, empty and not, and without; no input of a last block is computed in vain.
+  assert sizes == [3, 3]
+
+
+def test_blockwise_refuses_what_reaches_over_blocks():
+  def same(w):
+    return w
+
+  one = step.over_groups(
+    same, groups=r"layers/\d+/(?P<group>.*)/(?P<role>kernel)", hyper={}, scope="leaf"
+  )
+  units = [("layers/0/mlp/up/kernel", "layers/1/mlp/up/kernel")]
+  one = one._replace(info={"name": "demo", "given": {}}, units=lambda names: units)
+  with pytest.raises(ValueError, match="which lies in another block; use the driver 'run'"):
+    drivers.run_blockwise((one,), make(), materials())
+
+
+@pytest.mark.parametrize("driver", [drivers.run, drivers.run_blockwise])
+def test_by_products_and_notes_of_every_part_are_kept(driver):
+  (inner,) = noisy(select="layers/.*/kernel")
+
+  def apply(m, evidence, key):
+    names = [a for a in m.addresses() if a.endswith("kernel")]
+    out = inner.apply(m, evidence, key)
+    aux = {"masks": dict.fromkeys(names, 1), "notes": {a: len(a) for a in names}}
+    return out.replace(aux={**out.aux, **aux})
+
+  done = driver((inner._replace(apply=apply),), make(), materials())
+  kernels = {a for a in make().addresses() if a.endswith("kernel")}
+  layered = {a for a in kernels if a.startswith("layers/")}
+  assert layered <= set(done.aux["masks"]) <= kernels
+  assert layered <= set(done.lineage[0].notes)
+  assert "notes" not in done.aux
+
+
+def test_mistakes_are_found_before_any_work():
+  calls = []
+
+  def apply(m, evidence, key):
+    calls.append(m)
+    return m
+
+  first = noisy()[0]._replace(apply=apply)
+  for later, message in (
+    (registry.parse("compress.quantize.rtn(select='nothing')"), "no address matches 'nothing'"),
+    (registry.parse(GPTQ), "needs calibration text and none was given"),
+    (registry.parse("merge.ties()"), "needs donor models and none was given"),
+    (registry.parse("edit.rome()"), "needs edit requests and none were given"),
+  ):
+    for driver in (drivers.run, drivers.run_blockwise):
+      with pytest.raises(ValueError, match=message):
+        driver((first, *later), make())
+  assert not calls
+
+
+def test_selections_are_checked_again_when_layers_were_added():
+  grow = registry.parse("grow.g_stack(growth=2)")
+  done = drivers.run(grow + noisy(select="layers/5/mlp/up/kernel"), make())
+  assert done.spec.num_layers == 6
+  with pytest.raises(ValueError, match="no address matches 'layers/6/.*'"):
+    drivers.run(grow + noisy(select="layers/6/.*"), make())
+
+
+@pytest.mark.parametrize("driver", ["run", "blockwise", "stream"])
+def test_weights_that_are_not_finite_are_named(driver):
+  def go(transform, m):
+    if driver == "stream":
+      return drivers.stream(transform, m, Memory())
+    return {"run": drivers.run, "blockwise": drivers.run_blockwise}[driver](transform, m)
+
+  m = make()
+  bad = m.update({"layers/2/mlp/up/kernel": m.leaf("layers/2/mlp/up/kernel").at[0, 0].set(jnp.inf)})
+  where = "in the base model" if driver == "stream" else "in the model"
+  with pytest.raises(ValueError, match=f"layers/2/mlp/up/kernel: 1 of 128 values .* {where}"):
+    go(noisy(), bad)
+  with pytest.raises(ValueError, match=r"layers/1/attn/q/kernel: 2 of 64 .* after test.damage\("):
+    go(noisy() + damage(select="layers/1/attn/q/kernel"), m)
+  bad = m.update({"final_norm/scale": jnp.full(8, jnp.nan)})
+  with pytest.raises(ValueError, match="final_norm/scale: 8 of 8 values are NaN or infinite"):
+    go(noisy(), bad)
+
+
+def test_what_cannot_be_streamed_is_told():
+  for text, message in (
+    (GPTQ, "works on a whole block, so it cannot be streamed"),
+    ("grow.g_stack()", "works on a whole model"),
+  ):
+    transform = registry.parse(text)
+    assert not drivers.streamable(transform)
+    with pytest.raises(ValueError, match=message):
+      drivers.stream(transform, make(), Memory(), materials())
+  assert drivers.streamable(registry.parse("merge.ties()"))
+
+
+def test_a_record_is_enough_to_do_it_again():
+  m = make()
+  done = drivers.run(registry.parse("grow.g_stack(growth=2)") + noisy(), m, materials(), seed=3)
+  done = drivers.run_blockwise(registry.parse(GPTQ) + noisy(), done, materials(), seed=8)
+  records = lineage.from_json(lineage.to_json(done.lineage))
+  assert records == done.lineage
+  parse = {"test.noisy()": noisy()}
+  again = replay.replay(
+    records, m, [materials()], parse=lambda s: parse.get(s) or registry.parse(s)
+  )
+  assert replay.differing(done, again) == []
+  assert again.lineage == done.lineage
+
+
+def test_a_streamed_merge_with_casts_is_replayed():
+  from treesurgeon.run import casting
+
+  m, given = make(), materials(batches=(), recipe={"dtype": "bfloat16", "out_dtype": "float16"})
+  sink = Memory()
+  donors = dataclasses.replace(given, donors=[casting.Cast(d, "bfloat16") for d in given.donors])
+  records = drivers.stream(
+    registry.parse("merge.task_arithmetic(lam=0.5)"),
+    casting.Cast(m, "bfloat16"),
+    casting.CastSink(sink, "float16"),
+    donors,
+  )
+  again = replay.replay(records, m, [given], parse=registry.parse)
+  assert again.leaf("final_norm/scale").dtype == "float16"
+  assert replay.differing(sink.model(SPEC), again) == []
+
+
+def test_what_cannot_be_replayed_is_told():
+  m = make()
+  done = drivers.run(registry.parse(GPTQ), m, materials())
+  (record,) = done.lineage
+
+  def again(record, given=materials()):  # noqa: B008
+    return replay.replay([record], m, [given], parse=registry.parse)
+
+  with pytest.raises(ValueError, match="was made from another batches: sha256 "):
+    again(record, materials(batches=TEXT[:1]))
+  with pytest.raises(ValueError, match="'fit'; replay knows run, stream, run_blockwise"):
+    again(dataclasses.replace(record, driver="fit"))
+  with pytest.raises(ValueError, match="was made with jax 0.0.1, this is .* any_version=True"):
+    again(dataclasses.replace(record, versions={**record.versions, "jax": "0.0.1"}))
