@@ -180,6 +180,8 @@ def parse(expression: str) -> step.Transform:
     tree = ast.parse(expression.strip(), mode="eval")
   except SyntaxError as error:
     raise ValueError(f"cannot read the transform {expression!r}: {error.msg}") from error
+  except (ValueError, MemoryError, RecursionError) as error:  # null bytes; too deep
+    raise ValueError(f"cannot read the transform {expression[:80]!r}: {error}") from error
   return _build(tree.body, expression)
 
 
@@ -194,7 +196,13 @@ def _build(node: ast.expr, source: str) -> step.Transform:
     case ast.Call(args=[]):
       name = _dotted(node.func, source)
       factory = load(name)
-      return factory(**{k.arg or "**": _literal(k, name, source) for k in node.keywords})
+      arguments: dict[str, Any] = {}
+      for k in node.keywords:
+        value = _literal(k, name, source)
+        if k.arg in arguments:
+          raise ValueError(f"{name}: the argument {k.arg!r} is given twice in {source!r}")
+        arguments[str(k.arg)] = value
+      return factory(**arguments)
     case ast.Call():
       name = _dotted(node.func, source)
       raise ValueError(f"{name}: arguments are given by name, like {name}(bits=4), in {source!r}")
@@ -231,7 +239,7 @@ def _literal(keyword: ast.keyword, name: str, source: str) -> Any:
     raise ValueError(f"{name}: '**' is not allowed in {source!r}")
   try:
     return ast.literal_eval(keyword.value)
-  except ValueError as error:
+  except (ValueError, TypeError) as error:
     raise ValueError(
       f"{name}: the argument {keyword.arg}={ast.unparse(keyword.value)} is not a literal "
       "(a number, a string, True, False, None, or a list of these)"

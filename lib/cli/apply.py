@@ -8,9 +8,9 @@ Steps that work leaf by leaf are streamed, in memory bounded by the largest leaf
 model. An interrupted run leaves the output untouched, and a rerun goes on where a streamed one was.
 """
 
+import dataclasses
 import functools
 import hashlib
-import pathlib
 from typing import Any
 
 from absl import flags
@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from treesurgeon import registry
 from treesurgeon.cli import main
-from treesurgeon.core import lineage, step
+from treesurgeon.core import lineage, needs, step
 from treesurgeon.edit import requests
 from treesurgeon.io import checkpoint, loading, staging
 from treesurgeon.io import sink as checkpoint_sink
@@ -82,11 +82,17 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
   if args:
     raise ValueError(f"apply takes no positional argument, not {args[0]!r}; use --model=DIR")
   main.required(values, "model", "out")
+  staging.check_output(values.out, values.overwrite)
   transform = _transform(values)
   source = checkpoint.Checkpoint(values.model)
-  for one in transform[:1]:
+  if values.driver == "stream":
+    for one in transform:
+      drivers.refuse_unstreamable(one)
+  for one in transform:
     one.units(source.addresses())
-  materials = _materials(values, source)
+    if one.scope == "model":
+      break  # it may change the addresses
+  materials = _materials(values, source, transform)
   execute(values, transform, source, materials, driver=values.driver)
 
 
@@ -112,6 +118,10 @@ def execute(
     out_dtype: dtype the result is cast to.
   """
   staging.check_output(values.out, values.overwrite)
+  for one in transform:
+    collect.require(one, materials)
+  recipe = {k: v for k, v in (("dtype", dtype), ("out_dtype", out_dtype)) if v is not None}
+  materials = dataclasses.replace(materials, recipe={**materials.recipe, **recipe})
   if driver == "auto":
     blockwise = any(s.scope == "block" for s in transform)
     driver = "blockwise" if blockwise else "run"
@@ -156,29 +166,35 @@ def _transform(values: flags.FlagValues) -> step.Transform:
   return step.chain(*(registry.parse(s) for s in spelled))
 
 
-def _materials(values: flags.FlagValues, source: checkpoint.Checkpoint) -> collect.Materials:
-  digests = {"base": source.digest()}
-  batches = []
+def _materials(
+  values: flags.FlagValues, source: checkpoint.Checkpoint, transform: step.Transform
+) -> collect.Materials:
+  batches, recipe, digests = [], {}, {}
   if values.calibration:
-    path = pathlib.Path(values.calibration)
-    if not path.is_file():
-      raise ValueError(f"--calibration={path} is not a file")
+    text = main.read_text("--calibration", values.calibration)
     length = values.length or min(source.spec.max_positions or 2048, 2048)
+    recipe = {"samples": values.samples, "length": length, "batch": values.batch}
     batches = calibration.batches(
-      path.read_text(encoding="utf-8"),
+      text,
       tokenizers.load(values.model),
-      length=length,
-      samples=values.samples,
-      batch=values.batch,
+      **recipe,
       vocab_size=source.spec.vocab_size,
-      source=f"--calibration={path}",
+      source=f"--calibration={values.calibration}",
     )
-    digests["calibration"] = lineage.digest(path)
+    digests["calibration"] = lineage.digest(values.calibration)
+  named = [need for one in transform for need in one.needs.values()]
+  donors = [n for need in named if isinstance(need, needs.Donors) for n in need.models]
+  digests |= {f"donor {i}": checkpoint.Checkpoint(n).digest() for i, n in enumerate(donors)}
+  files = [need.path for need in named if isinstance(need, needs.Requests) and need.path]
+  for i, path in enumerate(files):
+    main.read_text("requests", path)
+    digests[f"requests {i}"] = lineage.digest(path)
   return collect.Materials(
     batches=batches,
     open_model=checkpoint.Checkpoint,
     read_requests=functools.partial(_requests, directory=values.model),
-    digests=digests,
+    digests={"base": source.digest(), **digests},
+    recipe=recipe,
   )
 
 

@@ -50,14 +50,14 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
   if args:
     raise ValueError(f"eval takes no positional argument, not {args[0]!r}; use --model=DIR")
   main.required(values, "model", "text")
-  path = pathlib.Path(values.text)
-  if not path.is_file():
-    raise ValueError(f"--text={path} is not a file")
+  text = main.read_text("--text", values.text)
+  if values.json and not pathlib.Path(values.json).absolute().parent.is_dir():
+    raise ValueError(f"--json={values.json}: there is no directory to put it in")
   model = loading.load(values.model)
   window = values.window or min(model.spec.max_positions or 2048, 2048)
   result = perplexity.evaluate(
     model,
-    path.read_text(encoding="utf-8"),
+    text,
     tokenizers.load(values.model),
     window=window,
     stride=values.stride or max(1, window // 2),

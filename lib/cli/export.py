@@ -65,6 +65,4 @@ def _hf(
   model: model_lib.Model, out: str, *, overwrite: bool, max_shard_bytes: int, source: str
 ) -> None:
   dense = model.replace(params=leaves.map_leaves(leaves.dense, model.params))
-  sink.save(
-    dense, out, overwrite=overwrite, max_shard_bytes=max_shard_bytes, tokenizer_from=source
-  )
+  sink.save(dense, out, overwrite=overwrite, max_shard_bytes=max_shard_bytes, tokenizer_from=source)

@@ -9,7 +9,8 @@ from absl import flags
 from rich import console, table
 
 from treesurgeon.cli import main
-from treesurgeon.io import checkpoint, loading
+from treesurgeon.core import paths
+from treesurgeon.io import checkpoint
 from treesurgeon.run import describe
 
 
@@ -38,13 +39,14 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
   if values.diff:
     _diff(checkpoint.Checkpoint(values.model), checkpoint.Checkpoint(values.diff))
     return
-  model = loading.load(values.model)
+  source = checkpoint.Checkpoint(values.model)
   out = table.Table(box=None, pad_edge=False)
   for name, justify in (
     ("address", "left"), ("shape", "right"), ("type", "left"), ("bits", "right"), ("bytes", "right")
   ):  # fmt: skip
     out.add_column(name, justify=justify, overflow="fold")  # pyright: ignore[reportArgumentType]
-  found = describe.rows(model.params)
+  # Headers tell it all: no weight is read.
+  found = describe.rows(paths.unflatten({a: source.struct(a) for a in source.addresses()}))
   for row in found:
     shape = " x ".join(map(str, row.shape))
     out.add_row(row.address, shape, row.kind, f"{row.bits:.2f}", f"{row.nbytes:,}")
@@ -52,7 +54,7 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
   out.add_row("total", f"{size:,}", "", f"{nbytes * 8 / max(1, size):.2f}", f"{nbytes:,}")
   screen = _console()
   screen.print(out)
-  for record in model.lineage:
+  for record in source.lineage:
     screen.print(f"lineage: {record.expression}  (driver {record.driver}, seed {record.seed})")
 
 

@@ -9,7 +9,7 @@ The models are streamed: memory is bounded by the largest tensor, not by the mod
 from absl import flags
 
 from treesurgeon.cli import apply, main
-from treesurgeon.io import checkpoint
+from treesurgeon.io import checkpoint, staging
 from treesurgeon.merge import mergekit
 from treesurgeon.run import casting, collect
 
@@ -35,17 +35,17 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
   if len(args) != 1:
     raise ValueError(f"merge takes one mergekit configuration file, not {len(args)} arguments")
   main.required(values, "out")
+  staging.check_output(values.out, values.overwrite)
   plan = mergekit.read(args[0])
-  sources = {plan.base: checkpoint.Checkpoint(plan.base)}
-  for one in plan.transform:
-    for name in one.info["arguments"]["models"]:
-      sources[name] = checkpoint.Checkpoint(name)
-  roles = zip(
-    ["base", *(f"donor {i}" for i in range(len(sources)))], sources.values(), strict=False
-  )
+  donors = [n for one in plan.transform for n in one.info["arguments"]["models"]]
+  sources = {name: checkpoint.Checkpoint(name) for name in (plan.base, *donors)}
+  digests = {name: source.digest() for name, source in sources.items()}
   materials = collect.Materials(
     open_model=lambda name: casting.Cast(sources[name], plan.dtype),
-    digests={role: source.digest() for role, source in roles},
+    digests={
+      "base": digests[plan.base],
+      **{f"donor {i}": digests[n] for i, n in enumerate(donors)},
+    },
   )
   apply.execute(
     values,

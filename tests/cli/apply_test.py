@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from treesurgeon import io, registry
+from treesurgeon.cli import main
+from treesurgeon.core import leaves
+from treesurgeon.io import checkpoint, tokenizer
+from treesurgeon.run import calibration, collect, replay
+
+RTN = "compress.quantize.rtn(bits=4, group_size=8)"
+CONFIG = """
+import ml_collections
+
+def get_config(bits="4"):
+  config = ml_collections.ConfigDict()
+  config.bits = int(bits)
+  config.transform = f"compress.quantize.rtn(bits={bits}, group_size=8)"
+  return config
+"""
+
+
+def apply(*argv):
+  return main.run(["apply", *map(str, argv)])
+
+
+def test_a_leaf_transform_is_streamed_and_recorded(directories, tmp_path, capsys):
+  out = tmp_path / "out"
+  assert apply(f"--model={directories / 'base'}", f"--out={out}", f"--transform={RTN}") == 0
+  assert capsys.readouterr().out == f"wrote {out}\n"
+  m = io.load(out)
+  assert isinstance(m.leaf("layers/1/mlp/up/kernel"), leaves.QuantizedTensor)
+  (record,) = m.lineage
+  assert (record.expression, record.driver, record.seed) == (
+    RTN.replace("bits=4, ", ""),
+    "stream",
+    0,
+  )
+  base = io.Checkpoint(directories / "base")
+  assert record.inputs == {"base": base.digest()}
+  given = collect.Materials(digests={"base": base.digest()})
+  again = replay.replay(m.lineage, io.load(directories / "base"), [given], parse=registry.parse)
+  assert replay.differing(m, again) == []
+
+
+@pytest.mark.parametrize("driver", ["run", "blockwise"])
+def test_every_driver_writes_the_same_weights(directories, tmp_path, driver):
+  for name, more in (("one", []), ("two", [f"--driver={driver}"])):
+    args = [f"--model={directories / 'base'}", f"--out={tmp_path / name}", f"--transform={RTN}"]
+    assert apply(*args, *more) == 0
+  files = [checkpoint.Checkpoint(tmp_path / n) for n in ("one", "two")]
+  assert replay.differing(*files) == []
+  assert files[1].lineage[0].driver == {"blockwise": "run_blockwise"}.get(driver, driver)
+
+
+def test_calibration_is_recorded_well_enough_to_do_it_again(directories, tmp_path, text):
+  out = tmp_path / "out"
+  args = [f"--model={directories / 'base'}", f"--out={out}", f"--calibration={text}", "--seed=3"]
+  args += ["--samples=4", "--length=16", "--batch=2", "--transform=compress.prune.wanda()"]
+  assert apply(*args) == 0
+  m = io.load(out)
+  (record,) = m.lineage
+  assert record.recipe == {"samples": 4, "length": 16, "batch": 2}
+  assert set(record.inputs) == {"base", "batches", "calibration"} and record.seed == 3
+  batches = calibration.batches(
+    text.read_text(), tokenizer.ByteTokenizer(), **record.recipe, vocab_size=257
+  )
+  again = replay.replay(
+    m.lineage,
+    io.load(directories / "base"),
+    [collect.Materials(batches=batches)],
+    parse=registry.parse,
+  )
+  assert replay.differing(m, again) == []
+
+
+def test_transforms_chain_and_lineage_goes_on(directories, tmp_path):
+  one, two = tmp_path / "one", tmp_path / "two"
+  assert apply(f"--model={directories / 'base'}", f"--out={one}", "--transform=grow.g_stack()") == 0
+  models = f"merge.linear(models=['{one}'])"
+  assert apply(f"--model={one}", f"--out={two}", f"--transform={models}", f"--transform={RTN}") == 0
+  lineage = io.Checkpoint(two).lineage
+  assert [r.index for r in lineage] == [0, 0, 1]
+  assert lineage[0].expression == "grow.g_stack()"
+  assert lineage[1].inputs["donor 0"] == io.Checkpoint(one).digest()
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_a_config_names_the_transform(directories, tmp_path, fails):
+  config = tmp_path / "x.py"
+  config.write_text(CONFIG)
+  args = [f"--model={directories / 'base'}", f"--out={tmp_path / 'out'}"]
+  assert apply(*args, f"--config={config}:3") == 0
+  assert io.load(tmp_path / "out").leaf("layers/0/attn/q/kernel").bits == 3
+  args[1] = f"--out={tmp_path / 'other'}"
+  said = fails("apply", *args, f"--config={config}", "--config.bitz=3")
+  assert "bitz" in said and "--config" in said
+  assert "bits" in fails("apply", *args, f"--config={config}", "--config.bits=x")
+  assert "nothing.py" in fails("apply", *args, f"--config={tmp_path / 'nothing.py'}")
+
+
+@pytest.mark.parametrize(
+  ("transform", "message"),
+  [
+    ("compress.quantize.rtm()", "unknown transform 'compress.quantize.rtm'; did you mean compress"),
+    ("compress.quantize.rtn(bit=4)", "compress.quantize.rtn has no argument 'bit'; it takes bits"),
+    ("compress.quantize.rtn(bits=n)", "the argument bits=n is not a literal"),
+    ("compress.quantize.rtn(bits={[1]: 2})", "is not a literal"),
+    ("compress.quantize.rtn(bits='4')", "compress.quantize.rtn: bits='4' must be int"),
+    ("compress.quantize.rtn(bits=3, bits=4)", "'bits'"),
+    ("compress.quantize.rtn(4)", "arguments are given by name"),
+    ("compress.quantize.rtn", "'compress.quantize.rtn' is not a call"),
+    ("compress.quantize.rtn(bits=4", "cannot read the transform"),
+    ("compress.quantize.rtn(select='layers/9/.*')", "no address matches 'layers/9/.*'; nearest"),
+    ("by_path([('layers/9/.*', compress.quantize.rtn())])", "no address matches 'layers/9/.*'"),
+    ("by_path([('.*', grow.g_stack())])", "works on whole models"),
+    ("compress.quantize.gptq()", "needs calibration text and none was given"),
+    ("merge.ties()", "needs donor models and none was given"),
+    ("edit.rome()", "needs edit requests and none were given"),
+    ("merge.ties(models=['nowhere'])", "nowhere"),
+    ("edit.rome(requests='nowhere.json')", "requests=nowhere.json is not a file"),
+  ],
+)
+def test_a_bad_transform_is_told(directories, tmp_path, fails, transform, message):
+  out = tmp_path / "out"
+  said = fails(
+    "apply", f"--model={directories / 'base'}", f"--out={out}", f"--transform={transform}"
+  )
+  assert message in said
+  assert not out.exists()
+
+
+def test_bad_models_are_told(directories, tmp_path, fails):
+  def go(model):
+    return fails("apply", f"--model={model}", f"--out={tmp_path / 'out'}", f"--transform={RTN}")
+
+  (tmp_path / "empty").mkdir()
+  assert "no config.json" in go(tmp_path / "empty")
+  assert str(tmp_path / "nowhere") in go(tmp_path / "nowhere")
+  file = tmp_path / "file"
+  file.write_text("")
+  assert "directory" in go(file)
+  (tmp_path / "alien").mkdir()
+  (tmp_path / "alien" / "model.safetensors").write_bytes(
+    (directories / "base" / "model.safetensors").read_bytes()
+  )
+  (tmp_path / "alien" / "config.json").write_text(json.dumps({"model_type": "mamba9"}))
+  said = go(tmp_path / "alien")
+  assert "mamba9" in said and "llama" in said and "gpt2" in said
+
+
+def test_bad_calibration_texts_are_told(directories, tmp_path, fails):
+  def go(path, *more):
+    return fails(
+      "apply", f"--model={directories / 'base'}", f"--out={tmp_path / 'out'}",
+      f"--calibration={path}", "--transform=compress.prune.wanda()", *more,
+    )  # fmt: skip
+
+  short = tmp_path / "short.txt"
+  short.write_text("abc")
+  assert f"--calibration={short} has 3 tokens, fewer than one sequence of 32" in go(short)
+  short.write_text("")
+  assert "has 0 tokens" in go(short)
+  short.write_bytes(b"\xff\xfe" * 50)
+  assert f"--calibration={short} is not UTF-8 text" in go(short)
+  assert "is not a file" in go(tmp_path / "nowhere.txt")
+  assert "samples" in go(short, "--samples=0")
+
+
+def test_an_output_that_exists_is_kept(directories, tmp_path, fails):
+  out = tmp_path / "out"
+  args = [f"--model={directories / 'base'}", f"--out={out}"]
+  assert apply(*args, f"--transform={RTN}") == 0
+  before = (out / "model.safetensors").read_bytes()
+  other = "--transform=compress.quantize.rtn(bits=3, group_size=8)"
+  said = fails("apply", *args, other)
+  assert str(out) in said and "exists" in said and "overwrite" in said
+  assert (out / "model.safetensors").read_bytes() == before
+  assert apply(*args, other, "--overwrite") == 0
+  assert io.load(out).leaf("layers/0/mlp/up/kernel").bits == 3
+
+
+def test_flags_that_are_wrong_or_missing_are_told(directories, tmp_path, fails):
+  model, out = f"--model={directories / 'base'}", f"--out={tmp_path / 'out'}"
+  assert "--model is required" in fails("apply", out, f"--transform={RTN}")
+  assert "--out is required" in fails("apply", model, f"--transform={RTN}")
+  assert "--transform or --config is required" in fails("apply", model, out)
+  assert "Unknown command line flag 'modle'" in fails("apply", "--modle=x")
+  assert "takes no positional argument, not 'x'" in fails("apply", "x", model, out)
+  assert "driver" in fails("apply", model, out, f"--transform={RTN}", "--driver=fast")
+  said = fails("apply", model, out, "--transform=grow.g_stack()", "--driver=stream")
+  assert "works on a whole model, so it cannot be streamed" in said
+
+
+KILLED = """
+import os, signal, sys
+from treesurgeon.cli import main
+from treesurgeon.io import sink
+count, write = 0, sink.Sink.write
+def dying(self, address, leaf):
+  global count
+  count += 1
+  if count == 12:
+    os.kill(os.getpid(), signal.SIGKILL)
+  write(self, address, leaf)
+sink.Sink.write = dying
+sys.exit(main.run(sys.argv[1:]))
+"""
+
+
+def test_a_killed_stream_loses_nothing_and_a_rerun_completes_it(directories, tmp_path):
+  out, whole = tmp_path / "out", tmp_path / "whole"
+  args = [f"--model={directories / 'base'}", f"--transform={RTN}", "--max_shard_bytes=600"]
+  assert apply(*args, f"--out={whole}") == 0
+  out.mkdir()
+  (out / "mine.txt").write_text("precious")
+  command = [sys.executable, "-P", "-c", KILLED, "apply", *args, f"--out={out}", "--overwrite"]
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  killed = subprocess.run(command, env=environment, check=False, capture_output=True)
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  assert os.listdir(out) == ["mine.txt"]
+  left = list((tmp_path / ".out.partial").glob("*.safetensors*"))
+  assert left, "nothing was kept for the rerun"
+  assert apply(*args, f"--out={out}", "--overwrite") == 0
+  names = sorted(p.name for p in whole.iterdir())
+  assert sorted(p.name for p in out.iterdir()) == names
+  for name in names:
+    if name != "README.md":  # which bears the directory's name
+      same = (out / name).read_bytes() == (whole / name).read_bytes()
+      assert same or name == "lineage.json", name
+  assert replay.differing(io.Checkpoint(out), io.Checkpoint(whole)) == []
+  assert io.Checkpoint(out).lineage == io.Checkpoint(whole).lineage

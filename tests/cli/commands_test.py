@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+
+from treesurgeon import io, registry
+from treesurgeon.cli import main
+from treesurgeon.run import replay
+
+
+def test_list_shows_every_transform(capsys):
+  assert main.run(["list", "--names"]) == 0
+  assert capsys.readouterr().out.split() == sorted(registry.TABLE)
+  assert main.run(["list"]) == 0
+  assert "GPTQ" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["help"]])
+def test_usage_lists_the_commands(argv, capsys):
+  assert main.run(argv) == 0
+  said = capsys.readouterr().out
+  assert all(command in said for command in main.COMMANDS)
+
+
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_every_command_has_help(command, capsys):
+  assert main.run([command, "--help"]) == 0
+  assert "Flags:" in capsys.readouterr().out
+
+
+def test_an_unknown_command_or_flag_is_told(fails):
+  assert "unknown command 'aply'; did you mean 'apply'?" in fails("aply")
+  assert "unknown command 'zzz'; commands: apply" in fails("zzz")
+  for command in main.COMMANDS:
+    assert "Unknown command line flag 'nonsense'" in fails(command, "--nonsense=1")
+
+
+def test_a_defect_of_ours_keeps_its_traceback(monkeypatch, capsys):
+  from treesurgeon.cli import list_
+
+  def broken(values, args):
+    raise KeyError("x")
+
+  monkeypatch.setattr(list_, "run", broken)
+  with pytest.raises(KeyError):
+    main.run(["list"])
+
+  def interrupted(values, args):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(list_, "run", interrupted)
+  assert main.run(["list"]) == 130
+  assert capsys.readouterr().err == "treesurgeon: list was interrupted\n"
+
+
+def test_debug_shows_the_traceback_of_a_mistake():
+  with pytest.raises(ValueError, match="list takes no argument, not 'x'"):
+    main.run(["list", "x", "--debug"])
+
+
+def test_main_exits_with_the_status():
+  with pytest.raises(SystemExit) as exit:
+    main.main(["nonsense"])
+  assert exit.value.code == 2
+
+
+def test_eval_prints_and_writes_its_numbers(directories, text, tmp_path, capsys, fails):
+  out, model = tmp_path / "n.json", f"--model={directories / 'base'}"
+  assert main.run(["eval", model, f"--text={text}", f"--json={out}", "--window=16"]) == 0
+  numbers = json.loads(out.read_text())
+  assert set(numbers) == {"nll", "perplexity", "bits_per_byte", "tokens"}
+  assert numbers["tokens"] > 500 and 4 < numbers["nll"] < 7
+  assert "perplexity" in capsys.readouterr().out
+  assert "--text is required" in fails("eval", model)
+  assert "is not a file" in fails("eval", model, f"--text={tmp_path}")
+  assert "no directory to put it in" in fails(
+    "eval", model, f"--text={text}", f"--json={tmp_path / 'no' / 'n.json'}"
+  )
+  binary = tmp_path / "b"
+  binary.write_bytes(b"\xff")
+  assert f"--text={binary} is not UTF-8" in fails("eval", model, f"--text={binary}")
+  assert "takes no positional argument" in fails("eval", "x")
+
+
+def test_inspect_shows_the_tree_and_reads_no_weight(directories, tmp_path, capsys, fails):
+  model = f"--model={directories / 'base'}"
+  assert main.run(["inspect", model]) == 0
+  said = capsys.readouterr().out
+  assert "layers/0:2/mlp/up/kernel" in said and "8 x 16" in said and "float32" in said
+  out = tmp_path / "out"
+  spelled = "compress.quantize.rtn(bits=4, group_size=8, select='layers/1/.*')"
+  assert main.run(["apply", model, f"--out={out}", f"--transform={spelled}"]) == 0
+  assert main.run(["inspect", f"--model={out}"]) == 0
+  said = capsys.readouterr().out
+  assert "layers/1:2/mlp/up/kernel" in said and "int4" in said and "lineage: " in said
+  assert main.run(["inspect", model, f"--diff={out}"]) == 0
+  said = capsys.readouterr().out
+  assert "layers/1/mlp/up/kernel" in said and "layers/0/mlp/up/kernel" not in said
+  assert "different" in said and "-> int4" in said
+  assert "--model is required" in fails("inspect")
+
+
+def test_export_writes_a_dense_directory(directories, tmp_path, fails):
+  packed, dense = tmp_path / "packed", tmp_path / "dense"
+  model = f"--model={directories / 'base'}"
+  rtn = "--transform=compress.quantize.rtn(bits=4, group_size=8)"
+  assert main.run(["apply", model, f"--out={packed}", rtn]) == 0
+  assert main.run(["export", f"--model={packed}", f"--out={dense}"]) == 0
+  a, b = io.load(packed), io.load(dense)
+  address = "layers/0/mlp/up/kernel"
+  assert (a.leaf(address).dense() == b.leaf(address)).all()
+  assert a.lineage == b.lineage
+  assert "exists" in fails("export", f"--model={packed}", f"--out={dense}")
+  assert "has no adapters" in fails(
+    "export", f"--model={packed}", f"--out={tmp_path / 'p'}", "--format=peft"
+  )
+  assert "format" in fails("export", model, f"--out={tmp_path / 'p'}", "--format=onnx")
+  assert main.run(["export", model, f"--out={tmp_path / 'orbax'}", "--format=orbax"]) == 0
+
+
+def test_merge_does_what_a_mergekit_file_says(directories, tmp_path, fails):
+  config, out = tmp_path / "m.yml", tmp_path / "out"
+  config.write_text(f"""
+merge_method: task_arithmetic
+base_model: {directories / "base"}
+models:
+  - model: {directories / "a"}
+    parameters: {{weight: 0.5}}
+  - model: {directories / "b"}
+    parameters: {{weight: 0.25}}
+dtype: bfloat16
+out_dtype: float32
+""")
+  assert main.run(["merge", str(config), f"--out={out}"]) == 0
+  m = io.load(out)
+  (record,) = m.lineage
+  assert record.recipe == {"dtype": "bfloat16", "out_dtype": "float32"}
+  assert record.inputs["donor 1"] == io.Checkpoint(directories / "b").digest()
+  given = io_materials()
+  again = replay.replay(m.lineage, io.load(directories / "base"), [given], parse=registry.parse)
+  assert replay.differing(m, again) == []
+  assert "exists" in fails("merge", config, f"--out={out}")
+  assert "merge takes one mergekit configuration file" in fails("merge", f"--out={out}")
+  assert "--out is required" in fails("merge", config)
+  assert "is not a file" in fails("merge", tmp_path / "no.yml", f"--out={tmp_path / 'x'}")
+
+
+def io_materials():
+  from treesurgeon.run import collect
+
+  return collect.Materials(open_model=io.Checkpoint)
