@@ -56,7 +56,7 @@ def run(argv: list[str]) -> int:
   flags.DEFINE_bool("debug", False, "Show the traceback of a mistake.", flag_values=values)
   module.define(values, rest)
   if any(a in ("-h", "--help", "-help", "--helpfull") for a in rest):
-    print(f"{module.__doc__.strip()}\n\nFlags:\n{values.main_module_help() or values}")
+    print(f"{(module.__doc__ or '').strip()}\n\nFlags:\n{values.main_module_help() or values}")
     return 0
   debug = any(a in ("--debug", "-debug", "--debug=true") for a in rest)
   try:
@@ -129,6 +129,6 @@ def _usage() -> str:
   lines = ["usage: treesurgeon COMMAND [FLAGS]", ""]
   for command in COMMANDS:
     module = importlib.import_module(f"treesurgeon.cli.{'list_' if command == 'list' else command}")
-    lines.append(f"  {command:8} {module.__doc__.strip().splitlines()[0]}")
+    lines.append(f"  {command:8} {(module.__doc__ or '').strip().splitlines()[0]}")
   lines += ["", "treesurgeon COMMAND --help shows a command's flags."]
   return "\n".join(lines)

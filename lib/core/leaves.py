@@ -9,8 +9,9 @@ is always a matrix of shape `(..., rows, cols)`, input dimension first; `dense` 
 import dataclasses
 import functools
 import math
+import typing
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +22,16 @@ from treesurgeon.core import packing
 # A field that holds an array. Not annotated as one: jax rebuilds containers around whatever a tree
 # map returned (shapes, shardings, names), and tests check annotations at run time.
 Part = Any
+T = TypeVar("T")
 
 
-def _container(data: tuple[str, ...]) -> Callable[[type], type]:
+@typing.dataclass_transform(frozen_default=True)
+def _container(data: tuple[str, ...]) -> Callable[[type[T]], type[T]]:
   """Register a frozen dataclass as a pytree whose `data` fields are children, the rest static."""
 
-  def register(cls: type) -> type:
+  def register(cls: type[T]) -> type[T]:
     cls = dataclasses.dataclass(frozen=True)(cls)
-    meta = tuple(f.name for f in dataclasses.fields(cls) if f.name not in data)
+    meta = tuple(f.name for f in dataclasses.fields(cls) if f.name not in data)  # pyright: ignore[reportArgumentType]
     return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
 
   return register
@@ -406,7 +409,7 @@ def from_parts(meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> Leaf:
   """
   if not meta:
     return arrays[""]
-  kind = meta.get("type")
+  kind = meta.get("type", "")
   if kind == "Sum":
     parts = []
     for i, sub in enumerate(meta["parts"]):

@@ -12,9 +12,31 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 
 from treesurgeon.core import model as model_lib
 from treesurgeon.core import needs
+
+
+def explicit_mesh(tree: Any) -> Any:
+  """Return the mesh of the first concrete array that lies on a mesh with explicit axes, else None.
+
+  Args:
+    tree: anything.
+
+  Returns:
+    The mesh or None.
+
+  Example:
+    >>> explicit_mesh(jax.numpy.ones(2)) is None
+    True
+  """
+  for x in jax.tree.leaves(tree):
+    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+      mesh = getattr(x.sharding, "mesh", None)
+      if mesh is not None and jax.sharding.AxisType.Explicit in mesh.axis_types:
+        return mesh
+  return None
 
 
 def to_auto(tree: Any) -> Any:
@@ -24,38 +46,43 @@ def to_auto(tree: Any) -> Any:
     tree: any tree; leaves that are no arrays on such a mesh are passed on.
 
   Returns:
-    The tree.
+    The tree, which shares all memory; itself where nothing was explicit.
 
   Example:
-    >>> to_auto({"w": jax.numpy.ones(2)})["w"].tolist()
-    [1.0, 1.0]
+    >>> w = jax.numpy.ones(2)
+    >>> to_auto(w) is w
+    True
   """
 
   def one(x: Any) -> Any:
     mesh = explicit_mesh(x)
-    return x if mesh is None else _put(x, _like(mesh, jax.sharding.AxisType.Auto))
+    return x if mesh is None else _put(x, _auto(mesh))
 
-  return jax.tree.map(one, tree)
+  return tree if explicit_mesh(tree) is None else jax.tree.map(one, tree)
 
 
-def explicit_mesh(x: Any) -> Any:
-  """Return the mesh of a concrete array that lies on a mesh with explicit axes, else None.
+def to_explicit(tree: Any, mesh: Any) -> Any:
+  """Undo `to_auto`.
 
   Args:
-    x: anything.
+    tree: any tree.
+    mesh: what `explicit_mesh` told of the original; None changes nothing.
 
   Returns:
-    The mesh or None.
+    The tree; arrays on other devices than the mesh's are passed on.
 
   Example:
-    >>> explicit_mesh(jax.numpy.ones(2)) is None
+    >>> w = jax.numpy.ones(2)
+    >>> to_explicit(w, None) is w
     True
   """
-  if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
-    return None
-  mesh = getattr(x.sharding, "mesh", None)
-  kinds = () if mesh is None else mesh.axis_types
-  return mesh if jax.sharding.AxisType.Explicit in kinds else None
+
+  def one(x: Any) -> Any:
+    at = getattr(x, "sharding", None)
+    here = isinstance(at, jax.NamedSharding) and at.mesh == _auto(mesh)
+    return _put(x, mesh) if here else x
+
+  return tree if mesh is None else jax.tree.map(one, tree)
 
 
 def with_auto_axes(
@@ -77,20 +104,21 @@ def with_auto_axes(
 
   @functools.wraps(apply)
   def run(m: model_lib.Model, evidence: needs.Evidence, key: jax.Array) -> model_lib.Model:
-    mesh = next((e for x in jax.tree.leaves(m.params) if (e := explicit_mesh(x)) is not None), None)
+    mesh = explicit_mesh(m.params)
     if mesh is None:
       return apply(m, evidence, key)
     given = {name: to_auto(value) for name, value in evidence.items()}
     out = apply(m.replace(params=to_auto(m.params)), given, key)
-    return out.replace(params=jax.tree.map(lambda x: _put(x, mesh), out.params))
+    return out.replace(params=to_explicit(out.params, mesh))
 
   return run
 
 
-def _like(mesh: Any, kind: Any) -> jax.sharding.Mesh:
-  return jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=(kind,) * mesh.devices.ndim)
+@functools.lru_cache(maxsize=32)
+def _auto(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+  types = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
+  return jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=types)
 
 
 def _put(x: Any, mesh: Any) -> Any:
-  spec = getattr(getattr(x, "sharding", None), "spec", jax.P())
-  return jax.device_put(x, jax.NamedSharding(mesh, spec))
+  return jax.device_put(x, jax.NamedSharding(mesh, x.sharding.spec))

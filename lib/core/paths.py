@@ -296,7 +296,7 @@ def nearest(pattern: str, names: Iterable[str]) -> str:
   """
   plain = re.sub(r"\\.|[.*+?()\[\]|^$]", "", pattern)
   near = difflib.get_close_matches(plain, list(names), n=3, cutoff=0.0)
-  return ", ".join(near) or "(there is none)"
+  return ", ".join(near) or "(the model has no leaves)"
 
 
 def natural(address: str) -> tuple:

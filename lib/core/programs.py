@@ -3,8 +3,8 @@
 
 Since JAX 0.10 a mesh made by `jax.make_mesh` has explicit axes: an array's sharding is part of its
 type, and a reshape or a gather whose sharding is ambiguous raises. Methods should not know of this,
-so their programs run with automatic axes. Concrete arrays are relabelled, which copies nothing;
-within a trace the function is wrapped in `jax.sharding.auto_axes`.
+so their programs run with automatic axes. Concrete arrays are relabelled (`meshes`); within a trace
+the function is wrapped in `jax.sharding.auto_axes`.
 """
 
 import functools
@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.core
 
-_EXPLICIT, _AUTO = jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto
+from treesurgeon.core import meshes
 
 
 @functools.lru_cache(maxsize=512)
@@ -43,77 +44,12 @@ def compiled(fn: Callable[..., Any], hyper: tuple[tuple[str, Any], ...]) -> Call
 
   def run(w: Any, given: Mapping[str, Any]) -> Any:
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((w, given))):
-      mesh = explicit_mesh(w)
+      mesh = _traced_mesh(w)
       return jitted(w, given) if mesh is None else _traced(call, w, given, mesh)
-    out = jitted(automatic(w), automatic(given))
+    out = jitted(meshes.to_auto(w), meshes.to_auto(given))
     return like(out, w)
 
   return run
-
-
-def automatic(tree: Any) -> Any:
-  """Relabel the arrays that live on a mesh with explicit axes as living on automatic ones.
-
-  Args:
-    tree: concrete arrays.
-
-  Returns:
-    The tree; it shares all memory, and is itself where nothing was explicit.
-
-  Example:
-    >>> w = jax.numpy.ones(2)
-    >>> automatic(w) is w
-    True
-  """
-  return tree if explicit_mesh(tree) is None else jax.tree.map(_automatic, tree)
-
-
-def explicit(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
-  """Undo `automatic`.
-
-  Args:
-    tree: concrete arrays.
-    mesh: what `explicit_mesh` told of the original; None changes nothing.
-
-  Returns:
-    The tree, its arrays labelled as living on `mesh`; arrays on other devices pass.
-
-  Example:
-    >>> w = jax.numpy.ones(2)
-    >>> explicit(w, None) is w
-    True
-  """
-
-  def one(x: Any) -> Any:
-    at = getattr(x, "sharding", None)
-    if not isinstance(at, jax.NamedSharding) or at.mesh != _auto_mesh(mesh):
-      return x
-    return jax.device_put(x, jax.NamedSharding(mesh, at.spec))
-
-  return tree if mesh is None else jax.tree.map(one, tree)
-
-
-def explicit_mesh(tree: Any) -> Any:
-  """Find the mesh of arrays whose sharding is part of their type.
-
-  Args:
-    tree: arrays, concrete or traced.
-
-  Returns:
-    The first mesh with explicit axes, abstract within a trace; None if there is none.
-
-  Example:
-    >>> explicit_mesh(jax.numpy.ones(2)) is None
-    True
-  """
-  for x in jax.tree.leaves(tree):
-    if isinstance(x, jax.core.Tracer):
-      mesh = jax.typeof(x).sharding.mesh
-    else:
-      mesh = getattr(getattr(x, "sharding", None), "mesh", None)
-    if mesh is not None and _EXPLICIT in mesh.axis_types:
-      return mesh
-  return None
 
 
 def like(out: Any, w: Any) -> Any:
@@ -141,17 +77,13 @@ def like(out: Any, w: Any) -> Any:
   return jax.tree.map(one, out)
 
 
-@functools.lru_cache(maxsize=32)
-def _auto_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
-  types = (_AUTO,) * len(mesh.axis_names)
-  return jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=types)
-
-
-def _automatic(x: Any) -> Any:
-  at = getattr(x, "sharding", None)
-  if not isinstance(at, jax.NamedSharding) or _EXPLICIT not in at.mesh.axis_types:
-    return x
-  return jax.device_put(x, jax.NamedSharding(_auto_mesh(at.mesh), at.spec))
+def _traced_mesh(w: Any) -> Any:
+  """Find the abstract mesh of traced arrays whose sharding is part of their type, else None."""
+  for x in jax.tree.leaves(w):
+    mesh = jax.typeof(x).sharding.mesh
+    if jax.sharding.AxisType.Explicit in mesh.axis_types:
+      return mesh
+  return None
 
 
 def _traced(call: Callable[..., Any], w: Any, given: Any, mesh: Any) -> Any:
@@ -160,7 +92,8 @@ def _traced(call: Callable[..., Any], w: Any, given: Any, mesh: Any) -> Any:
   shapes = jax.eval_shape(call, *jax.tree.map(_bare, (w, given)))
   layout = jax.tree.map(lambda x: _layout(x.shape, spec, mesh), shapes)
   with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
-    return jax.sharding.auto_axes(call, out_sharding=layout)(w, given)
+    wrapped: Any = jax.sharding.auto_axes(call, out_sharding=layout)
+    return wrapped(w, given)
 
 
 def _bare(x: Any) -> Any:

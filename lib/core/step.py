@@ -16,13 +16,15 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from treesurgeon.core import leaves, literals, model, needs, paths, programs
+from treesurgeon.core import leaves, literals, model, paths, programs
+from treesurgeon.core import needs as needs_lib
 
 compiled = programs.compiled
 Units = list[tuple[str, ...]]
 KERNELS = r"(?:.*/)?kernel"
 BLOCK_KERNELS = r"layers/.*/kernel"
-_SCOPES = ("leaf", "block", "model")
+Scope = Literal["leaf", "block", "model"]
+_SCOPES: tuple[Scope, ...] = ("leaf", "block", "model")
 
 
 class Step(NamedTuple):
@@ -34,14 +36,14 @@ class Step(NamedTuple):
     scope: what a driver may cut it into: "leaf", "block" or "model".
     info: {"name": registered name, "arguments": as bound, "given": those not at their default}.
     units: all addresses of a model -> groups of addresses that change together; raises
-      ValueError where the step would change nothing. Given a part of a model, `apply` changes
-      what it can.
+      ValueError where the step would change nothing. Given a part of a model, which holds whole
+      units, `apply` changes those and must do to them what it does in the whole.
     reselect: regex -> the same step on other addresses; None if the step takes the whole model.
   """
 
-  needs: Mapping[str, needs.Need]
-  apply: Callable[[model.Model, needs.Evidence, jax.Array], model.Model]
-  scope: Literal["leaf", "block", "model"]
+  needs: Mapping[str, needs_lib.Need]
+  apply: Callable[[model.Model, needs_lib.Evidence, jax.Array], model.Model]
+  scope: Scope
   info: Mapping[str, Any]
   units: Callable[[Sequence[str]], Units]
   reselect: Callable[[str], "Step"] | None = None
@@ -182,7 +184,7 @@ def over_leaves(
   select: str | None = None,
   default: str = BLOCK_KERNELS,
   domain: str = KERNELS,
-  wants: Mapping[str, needs.Need] | None = None,
+  wants: Mapping[str, needs_lib.Need] | None = None,
   random: bool = False,
   raw: bool = False,
   scope: Literal["leaf", "block"] = "leaf",
@@ -219,7 +221,7 @@ def over_leaves(
   wants = dict(wants or {})
   call = compiled(fn, tuple(sorted(hyper.items())))
 
-  def apply(m: model.Model, evidence: needs.Evidence, key: jax.Array) -> model.Model:
+  def apply(m: model.Model, evidence: needs_lib.Evidence, key: jax.Array) -> model.Model:
     changes = {}
     for address in m.addresses():
       if not re.fullmatch(pattern, address):
@@ -227,7 +229,7 @@ def over_leaves(
       w = m.leaf(address)
       given = {name: evidence[name][address] for name in wants}
       for name, need in wants.items():
-        if isinstance(need, needs.Donors):
+        if isinstance(need, needs_lib.Donors):
           check_donors(address, w, given[name])
       if not raw:
         w, given = leaves.map_leaves(leaves.dense, (w, given))
@@ -254,7 +256,7 @@ def over_groups(
   *,
   groups: str,
   hyper: Mapping[str, Any],
-  wants: Mapping[str, needs.Need] | None = None,
+  wants: Mapping[str, needs_lib.Need] | None = None,
   select: str = ".*",
   random: bool = False,
   scope: Literal["leaf", "block"] = "leaf",
@@ -300,13 +302,13 @@ def over_groups(
       )
     return {g: roles for g, roles in found.items() if all(inside[g])}
 
-  def apply(m: model.Model, evidence: needs.Evidence, key: jax.Array) -> model.Model:
+  def apply(m: model.Model, evidence: needs_lib.Evidence, key: jax.Array) -> model.Model:
     changes = {}
     for group, roles in gather(m.addresses()).items():
       w = {r: m.leaf(a) for r, a in roles.items()}
       given = {n: {r: evidence[n][a] for r, a in roles.items()} for n in wants}
       for n, need in wants.items():
-        for r, a in roles.items() if isinstance(need, needs.Donors) else ():
+        for r, a in roles.items() if isinstance(need, needs_lib.Donors) else ():
           check_donors(a, w[r], given[n][r])
       w, given = leaves.map_leaves(leaves.dense, (w, given))
       if random:
@@ -367,7 +369,7 @@ def by_path(rules: Sequence[tuple[str, Transform]]) -> Transform:
       aims.append(pattern)
     taken.append(pattern)
 
-  def apply(m: model.Model, evidence: needs.Evidence, key: jax.Array) -> model.Model:
+  def apply(m: model.Model, evidence: needs_lib.Evidence, key: jax.Array) -> model.Model:
     for i, step in enumerate(narrowed):
       mine = {n: evidence[f"{i}.{n}"] for n in step.needs}
       m = step.apply(m, mine, jax.random.fold_in(key, i))
@@ -389,7 +391,7 @@ def by_path(rules: Sequence[tuple[str, Transform]]) -> Transform:
     return by_path([(both(narrower, p), t) for p, t in rules])[0]
 
   wants = {f"{i}.{n}": need for i, step in enumerate(narrowed) for n, need in step.needs.items()}
-  scope = max((s.scope for s in narrowed), key=_SCOPES.index, default="leaf")
+  scope = _SCOPES[max((_SCOPES.index(s.scope) for s in narrowed), default=0)]
   rules_spelled = ", ".join(f"({p!r}, {spell(t)})" for p, t in rules)
   info = {
     "name": "by_path",
@@ -453,11 +455,11 @@ def both(a: str, b: str) -> str:
   return a if a == b else rf"(?=(?:{a})\Z)(?:{b})"
 
 
-def _aim(wants: Mapping[str, needs.Need], pattern: str) -> dict[str, needs.Need]:
+def _aim(wants: Mapping[str, needs_lib.Need], pattern: str) -> dict[str, needs_lib.Need]:
   """Point statistics without a selection of their own at the step's."""
   return {
-    name: needs.Statistic(need.fold, pattern)
-    if isinstance(need, needs.Statistic) and need.select is None
+    name: needs_lib.Statistic(need.fold, pattern)
+    if isinstance(need, needs_lib.Statistic) and need.select is None
     else need
     for name, need in wants.items()
   }

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from treesurgeon import models, stats
-from treesurgeon.core import leaves, needs, paths, programs, step
+from treesurgeon.core import leaves, meshes, needs, paths, step
 from treesurgeon.core import model as model_lib
 
 Wanted = dict[tuple[str, str], list[str]]  # (need's fold, address) -> names of the needs
@@ -71,9 +71,7 @@ class TreeView(Mapping[str, Any]):
     return len(paths.addresses(self._tree))
 
 
-def evidence(
-  one: step.Step, model: model_lib.Model, materials: Materials
-) -> needs.Evidence:
+def evidence(one: step.Step, model: model_lib.Model, materials: Materials) -> needs.Evidence:
   """Gather everything a step needs, with one pass over the batches.
 
   Args:
@@ -88,7 +86,7 @@ def evidence(
     ValueError: if something needed was not brought, names no leaf, or collected nothing.
   """
   require(one, materials)
-  model = model.replace(params=programs.automatic(model.params))
+  model = model.replace(params=meshes.to_auto(model.params))
   out: dict[str, Any] = {}
   statistics = {n: w for n, w in one.needs.items() if isinstance(w, needs.Statistic)}
   taps = {n: w for n, w in statistics.items() if w.fold != "fisher"}
@@ -354,7 +352,7 @@ def fisher(
     ValueError: if a leaf is compressed, nothing is selected, or there was no example.
   """
   chosen = set(paths.select(model.addresses(), select or ".*"))
-  params = programs.automatic(model.params)
+  params = meshes.to_auto(model.params)
   stacks = {
     name: set(paths.addresses(paths.nest({name: x}))) for name, x in paths.walk(params).items()
   }
@@ -389,7 +387,7 @@ def embed(model: model_lib.Model, tokens: np.ndarray) -> jax.Array:
     The input of the first block.
   """
   outer = {k: v for k, v in model.params.items() if k == "embed"}
-  return _embed(model.spec, programs.automatic(outer), jnp.asarray(tokens))
+  return _embed(model.spec, meshes.to_auto(outer), jnp.asarray(tokens))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "pairs"))
@@ -428,7 +426,7 @@ def through_block(
   """
   flat = None if states is None else tuple(states[p] for p in pairs)
   where = None if index is None else jnp.int32(index)
-  params = programs.automatic(params)
+  params = meshes.to_auto(params)
   h, flat = _through(spec, params, where, h, jnp.int32(layer), tuple(pairs), flat)
   return h, dict(zip(pairs, flat, strict=True))
 
@@ -448,7 +446,7 @@ def at_head(
   Returns:
     Statistics.
   """
-  outer = programs.automatic({k: v for k, v in params.items() if k != "layers"})
+  outer = meshes.to_auto({k: v for k, v in params.items() if k != "layers"})
   flat = None if states is None else tuple(states[p] for p in pairs)
   flat = _head(spec, outer, h, tuple(pairs), flat)
   return dict(zip(pairs, flat, strict=True))

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treesurgeon.core import lineage, needs, paths, programs, step
+from treesurgeon.core import lineage, meshes, needs, paths, step
 from treesurgeon.core import model as model_lib
 from treesurgeon.run import collect, progress
 
@@ -240,10 +240,8 @@ def _each(
   """Apply the steps one after another; arrays of an explicit mesh are relabelled meanwhile."""
   materials = materials or collect.Materials()
   _check(transform, model, materials)
-  mesh = programs.explicit_mesh(model.params)
-  model = model.replace(
-    params=programs.automatic(model.params), aux=programs.automatic(dict(model.aux))
-  )
+  mesh = meshes.explicit_mesh(model.params)
+  model = model.replace(params=meshes.to_auto(model.params), aux=meshes.to_auto(dict(model.aux)))
   for i, one in enumerate(transform, first):
     one.units(model.addresses())
     if driver == "run" or one.scope == "model":
@@ -254,7 +252,7 @@ def _each(
     check_finite(_changes(model, changed).items(), f"after {one!r}")
     model = _record(one, changed, i, seed, driver, materials)
   return model.replace(
-    params=programs.explicit(model.params, mesh), aux=programs.explicit(model.aux, mesh)
+    params=meshes.to_explicit(model.params, mesh), aux=meshes.to_explicit(model.aux, mesh)
   )
 
 

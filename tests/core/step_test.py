@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-import pathlib
+"""Lifting, aiming and spelling of steps."""
+
 import re
-from collections.abc import Sequence
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -9,158 +10,146 @@ import numpy as np
 import pytest
 
 from treesurgeon import registry
-from treesurgeon.core import literals, model, needs, step
+from treesurgeon.core import leaves, model, needs, step
 
 KEY = jax.random.key(0)
-NAMES = [f"layers/{i}/{m}/kernel" for i in range(3) for m in ("attn/q", "attn/k", "mlp/up")]
+TREE = {
+  "embed": {"kernel": jnp.ones((2, 3))},
+  "layers": {"0:3": {"up": {"kernel": jnp.ones((3, 2, 4))}, "norm": {"scale": jnp.ones((3, 2))}}},
+}
 
 
-def make(names=NAMES):
-  layers = {}
-  for n in names:
-    a, b = n.split("/")[2:4]
-    layers.setdefault(a, {})[b] = {"kernel": jnp.ones((3, 8, 4))}
-  return model.Model(None, {"layers": {"0:3": layers}})
-
-
-def double(w):
-  return 2 * w
+def times(w, *, factor):
+  return w * factor
 
 
 def noise(w, key):
   return w + jax.random.normal(key, w.shape)
 
 
-def add_up(w):
-  return {role: sum(w.values()) for role in w}
+def scale(factor, select=None, **more):
+  return step.over_leaves(times, hyper={"factor": factor}, select=select, **more)
 
 
-@step.method("test.twice")
-def twice(
-  *, select: str | None = None, times: int = 1, by: float = 2.0, of: Sequence[str] = ()
-) -> step.Step:
-  """Double kernels."""
-  del times, by, of
-  return step.over_leaves(double, hyper={}, select=select)
+def values(m):
+  return {a: float(jnp.ravel(leaves.dense(m.leaf(a)))[0]) for a in m.addresses()}
 
 
-@step.method("test.noisy")
-def noisy(*, select: str | None = None) -> step.Step:
-  """Add noise."""
-  return step.over_leaves(noise, hyper={}, select=select, random=True)
+def test_over_leaves_changes_what_is_selected():
+  m = scale(2.0, "layers/1/.*").apply(model.Model(None, TREE), {}, KEY)
+  changed = {a for a, v in values(m).items() if v != 1}
+  assert changed == {"layers/1/up/kernel"}  # norms are outside the domain
+  everything = scale(2.0).apply(model.Model(None, TREE), {}, KEY)
+  assert values(everything)["embed/kernel"] == 1  # the default is the blocks' kernels
 
 
-@step.method("test.together")
-def together() -> step.Step:
-  """Add q and k."""
-  groups = r"(?P<group>layers/\d+/attn)/(?P<role>q|k)/kernel"
-  return step.over_groups(add_up, groups=groups, hyper={})
+def test_a_selection_without_a_match_is_named():
+  with pytest.raises(ValueError, match="nearest: .*up/kernel"):
+    scale(2.0, "layers/9/.*").units(model.Model(None, TREE).addresses())
 
 
-def value(m, address):
-  return float(m.leaf(address)[0, 0])
-
-
-def test_arguments_are_plain_and_checked():
-  (one,) = twice(times=np.int64(3), by=np.float32(0.5), of=[pathlib.Path("a")])
-  assert repr(one) == "test.twice(times=3, by=0.5, of=('a',))"
-  assert repr(twice(by=2.0)[0]) == "test.twice()"
-  assert repr(twice(by=2)[0]) == "test.twice(by=2)"
-  with pytest.raises(ValueError, match="test.twice: times='3' must be int"):
-    twice(times="3")
-  with pytest.raises(ValueError, match=r"test.twice: of='ab' must be Sequence\[str\]"):
-    twice(of="ab")
-  with pytest.raises(ValueError, match="test.twice: times=True must be int"):
-    twice(times=True)
-  with pytest.raises(ValueError, match="test.twice has no argument 'tims'; it takes select, times"):
-    twice(tims=1)
-
-
-@pytest.mark.parametrize("x", [None, True, 3, -0.5, float("inf"), "it's", (), (1,), ((1, 2), "a")])
-def test_literals_are_read_back(x):
-  assert eval(literals.write(x), {}) == x
-  with pytest.raises(ValueError, match="is not a number, a string"):
-    literals.write(object())
-  with pytest.raises(ValueError, match="nan is not a number"):
-    literals.write(float("nan"))
-
-
-def test_a_selection_without_a_match_is_told_in_the_users_words():
-  (one,) = twice(select="layers/7/mlp/up/kernel")
-  with pytest.raises(ValueError, match=r"matches 'layers/7/mlp/up/kernel'; nearest: layers/\d/mlp"):
-    one.units(NAMES)
-
-
-def test_by_path_takes_the_first_rule_that_matches():
-  rules = [("layers/0/.*", twice()), ("layers/[01]/mlp/.*", twice() + twice())]
-  (one,) = step.by_path(rules)
-  out = one.apply(make(), {}, KEY)
-  assert value(out, "layers/0/mlp/up/kernel") == 2
-  assert value(out, "layers/1/mlp/up/kernel") == 4
-  assert value(out, "layers/1/attn/q/kernel") == 1
-  assert value(out, "layers/2/mlp/up/kernel") == 1
-  assert {u[0] for u in one.units(NAMES)} == {*NAMES[:3], "layers/1/mlp/up/kernel"}
-
-
-def test_by_path_nests():
-  inner = step.by_path([("layers/0/.*", twice()), (".*", twice() + twice())])
-  (one,) = step.by_path([(".*/mlp/.*", inner)])
-  out = one.apply(make(), {}, KEY)
-  assert value(out, "layers/0/mlp/up/kernel") == 2
-  assert value(out, "layers/2/mlp/up/kernel") == 4
-  assert value(out, "layers/0/attn/q/kernel") == 1
-  spelled = "by_path([('a', by_path([('b', compress.quantize.rtn())]))])"
-  assert step.spell(registry.parse(spelled)) == spelled
-
-
-def test_by_path_says_what_is_wrong():
-  with pytest.raises(ValueError, match="by_path needs at least one"):
-    step.by_path([])
-  with pytest.raises(ValueError, match=r"by_path: '\(' is not a regular expression"):
-    step.by_path([("(", twice())])
-  (one,) = step.by_path([("layers/.*", twice()), ("layers/1/.*", twice())])
-  with pytest.raises(
-    ValueError, match=r"no address matches 'layers/1/.\*' that test.twice\(\) can"
-  ):
-    one.units(NAMES)
-
-
-def test_by_path_draws_the_same_whole_and_in_parts():
-  (one,) = step.by_path([("layers/0/.*", noisy()), (".*", noisy() + noisy())])
-  m = make()
+def test_keys_depend_on_the_address_alone():
+  one = step.over_leaves(noise, hyper={}, random=True)
+  m = model.Model(None, TREE)
   whole = one.apply(m, {}, KEY)
-  for address in reversed(NAMES):
-    part = one.apply(model.Part(None, {address: m.leaf(address)}), {}, KEY)
-    np.testing.assert_array_equal(part.leaf(address), whole.leaf(address))
-  drawn = {np.asarray(whole.leaf(a)).tobytes() for a in NAMES}
-  assert len(drawn) == len(NAMES)
+  names = [f"layers/{i}/up/kernel" for i in (2, 0, 1)]
+  for order in (names, names[::-1]):
+    part = one.apply(model.Part(None, {a: m.leaf(a) for a in order}), {}, KEY)
+    for a in order:
+      np.testing.assert_array_equal(part.leaf(a), whole.leaf(a))
+  drawn = [np.asarray(whole.leaf(a)) for a in names]
+  assert not np.array_equal(drawn[0], drawn[1])
+  other = one.apply(m, {}, jax.random.key(1))
+  assert not np.array_equal(other.leaf(names[0]), drawn[0])
 
 
-def test_groups_change_together_and_are_not_torn():
-  (one,) = together()
-  out = one.apply(make(), {}, KEY)
-  assert value(out, "layers/1/attn/k/kernel") == 2
-  (aimed,) = step.by_path([("layers/2/.*", together())])
-  out = aimed.apply(make(), {}, KEY)
-  assert value(out, "layers/2/attn/q/kernel") == 2
-  assert value(out, "layers/1/attn/q/kernel") == 1
-  (torn,) = step.by_path([(".*/q/kernel", together())])
-  with pytest.raises(
-    ValueError, match="tears a group apart; these change together: layers/0/attn/k"
-  ):
-    torn.apply(make(), {}, KEY)
+def test_leaf_keys_are_pinned():
+  # crc32 of the address, not Python's salted hash: the same in every process, for ever.
+  wanted = jax.random.fold_in(KEY, zlib.crc32(b"w/kernel"))
+  assert step.leaf_key(KEY, "w/kernel") == wanted
 
 
-def test_groups_check_their_donors():
-  pattern = r"(?P<group>x)/(?P<role>a)"
-  one = step.over_groups(
-    lambda w, donors: w, groups=pattern, hyper={}, wants={"donors": needs.Donors()}
+def test_over_groups_hands_over_what_belongs_together():
+  def swap(w, *, by):
+    return {"q": w["k"] * by, "k": w["q"] * by}
+
+  one = step.over_groups(swap, groups=r"(?P<group>.*)/(?P<role>q|k)", hyper={"by": 2.0})
+  tree = {"layers": {"0:2": {"q": jnp.array([1.0, 2.0]), "k": jnp.array([3.0, 4.0])}}}
+  m = one.apply(model.Model(None, tree), {}, KEY)
+  assert values(m) == {
+    "layers/0/k": 2.0, "layers/0/q": 6.0, "layers/1/k": 4.0, "layers/1/q": 8.0,
+  }  # fmt: skip
+  assert one.units(m.addresses()) == [
+    ("layers/0/k", "layers/0/q"), ("layers/1/k", "layers/1/q"),
+  ]  # fmt: skip
+
+
+def demo(name, factor):
+  return (step.named(scale(factor), {"name": name, "given": {}, "arguments": {}}),)
+
+
+def test_by_path_first_match_wins():
+  (one,) = step.by_path([
+    ("layers/0/.*", demo("a", 2.0)),
+    ("layers/.*", demo("b", 3.0)),
+    (".*", demo("c", 5.0)),
+  ])  # fmt: skip
+  m = one.apply(model.Model(None, TREE), {}, KEY)
+  got = values(m)
+  assert [got[f"layers/{i}/up/kernel"] for i in range(3)] == [2.0, 3.0, 3.0]
+  assert got["embed/kernel"] == 5.0
+  assert got["layers/0/norm/scale"] == 1.0
+
+
+def test_by_path_names_a_rule_without_a_match():
+  (one,) = step.by_path([("layers/.*", demo("a", 2.0)), ("layers/1/.*", demo("b", 3.0))])
+  with pytest.raises(ValueError, match="no address matches"):
+    one.units(model.Model(None, TREE).addresses())
+
+
+def test_by_path_keeps_each_rules_evidence_apart():
+  def add(w, donors):
+    return w + donors[0]
+
+  one = step.over_leaves(add, hyper={}, wants={"donors": needs.Donors()})
+  info = {"name": "x", "given": {}, "arguments": {}}
+  (both,) = step.by_path(
+    [("layers/0/.*", (step.named(one, info),)), ("layers/1/.*", demo("y", 7.0))]
   )
-  m = model.Model(None, {"x": {"a": jnp.ones(3)}})
-  with pytest.raises(ValueError, match=re.escape("x/a: donor 0 has shape (2,), the base has (3,)")):
-    one.apply(m, {"donors": {"x/a": (jnp.ones(2),)}}, KEY)
+  assert list(both.needs) == ["0.donors"]
+  m = model.Model(None, TREE)
+  out = both.apply(m, {"0.donors": needs.Aligned([m])}, KEY)
+  assert [values(out)[f"layers/{i}/up/kernel"] for i in range(3)] == [2.0, 7.0, 1.0]
 
 
-def test_the_key_depends_on_the_address_alone():
-  a, b = (step.leaf_key(KEY, n) for n in NAMES[:2])
-  assert not bool(a == b)
+def test_by_path_refuses_whole_model_steps():
+  with pytest.raises(ValueError, match="grow.g_stack.* works on whole models"):
+    step.by_path([(".*", registry.parse("grow.g_stack()"))])
+
+
+def test_compressed_leaves_come_dense_unless_raw():
+  low = leaves.LowRank(jnp.ones((2, 1)), jnp.ones((1, 2)))
+  m = model.Model(None, {"x": {"kernel": low}})
+  assert isinstance(scale(2.0, ".*").apply(m, {}, KEY).leaf("x/kernel"), jax.Array)
+
+  def kind(w):
+    return leaves.LowRank(w.a * 2, w.b)
+
+  raw = step.over_leaves(kind, hyper={}, select=".*", raw=True).apply(m, {}, KEY)
+  assert raw.leaf("x/kernel").dense().tolist() == [[2.0, 2.0], [2.0, 2.0]]
+
+
+def test_statistics_are_aimed_at_the_selection():
+  def fn(w, moment):
+    return w + moment
+
+  wants = {"moment": needs.Statistic("absmax")}
+  one = step.over_leaves(fn, hyper={}, select="layers/1/.*", wants=wants)
+  assert re.fullmatch(one.needs["moment"].select, "layers/1/up/kernel")
+  assert not re.fullmatch(one.needs["moment"].select, "layers/0/up/kernel")
+
+
+def test_chain_is_concatenation():
+  a, b = registry.parse("merge.linear()"), registry.parse("merge.ties()")
+  assert step.chain(a, b) == a + b
+  assert step.spell(a + b) == "merge.linear() + merge.ties()"
