@@ -39,9 +39,8 @@ def run(argv: list[str]) -> int:
     The exit status.
 
   Example:
-    >>> run(["list", "--names"])  # doctest: +ELLIPSIS
-    compress...
-    0
+    >>> run(["nonsense"])
+    2
   """
   if not argv or argv[0] in ("-h", "--help", "help"):
     print(_usage())

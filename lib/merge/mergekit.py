@@ -178,7 +178,7 @@ def _dtype(config: Mapping[str, Any], key: str) -> str | None:
   return value
 
 
-def _known(mapping: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+def _known(mapping: Any, keys: tuple[str, ...], where: str) -> None:
   if not isinstance(mapping, Mapping):
     raise ValueError(f"{where} must be a mapping, not {mapping!r}")
   for key in mapping:
