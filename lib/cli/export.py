@@ -13,9 +13,8 @@ from absl import flags
 
 from treesurgeon.adapt import adapters, peft
 from treesurgeon.cli import apply, main
-from treesurgeon.core import leaves
 from treesurgeon.core import model as model_lib
-from treesurgeon.io import loading, orbax, sink, staging
+from treesurgeon.io import export, loading, orbax, staging
 
 FORMATS = ("hf", "orbax", "peft")
 
@@ -46,7 +45,9 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
   staging.check_output(values.out, values.overwrite)
   model = loading.load(values.model)
   write = {
-    "hf": functools.partial(_hf, max_shard_bytes=values.max_shard_bytes, source=values.model),
+    "hf": functools.partial(
+      export.to_hf, max_shard_bytes=values.max_shard_bytes, tokenizer_from=values.model
+    ),
     "orbax": orbax.save,
     "peft": functools.partial(_peft, source=values.model),
   }[values.format]
@@ -59,10 +60,3 @@ def _peft(model: model_lib.Model, out: str, *, overwrite: bool, source: str) -> 
   if not found:
     raise ValueError(f"--model={source} has no adapters; apply adapt.lora() and train first")
   peft.save(out, found, model.spec, base_model=source, overwrite=overwrite)
-
-
-def _hf(
-  model: model_lib.Model, out: str, *, overwrite: bool, max_shard_bytes: int, source: str
-) -> None:
-  dense = model.replace(params=leaves.map_leaves(leaves.dense, model.params))
-  sink.save(dense, out, overwrite=overwrite, max_shard_bytes=max_shard_bytes, tokenizer_from=source)

@@ -8,7 +8,9 @@ from treesurgeon import io, models
 from treesurgeon.cli import main
 from treesurgeon.core import model
 
-SPEC = models.Spec(vocab_size=257, d_model=8, num_layers=2, num_heads=2, d_ff=16, max_positions=32)
+SPEC = models.Spec(
+  family="llama", vocab_size=257, d_model=8, num_layers=2, num_heads=2, d_ff=16, max_positions=32
+)
 
 
 @pytest.fixture(scope="session")
