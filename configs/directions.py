@@ -26,7 +26,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """
   config = quickstart.get_config(arg)
   config.seeds = (0,) if arg == "smoke" else (0, 1, 2)
-  stages = {name: config.stages[name].to_dict() for name in config.order if name != "edited"}
+  plain = config.to_dict()
+  stages = {name: plain["stages"][name] for name in plain["order"] if name != "edited"}
   calibrated = {"calibration": quickstart.TEXTS, "driver": "blockwise"}
 
   def prune(expression: str, **rest: object) -> dict:

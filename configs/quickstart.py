@@ -40,7 +40,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.text = {
-    "vocab_size": 512 if smoke else 1024,
+    "vocab_size": 512,
     "length": 64,
     "document_bytes": 2000,
     "validation_bytes": 20_000 if smoke else 120_000,
@@ -50,7 +50,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   _stages(
     config,
     total=total,
-    batch=4 if smoke else 16,
+    batch=4 if smoke else 8,
     warmup=0 if smoke else 20,
     facts="smoke" if smoke else "quick",
   )

@@ -29,6 +29,18 @@ result too.
 |---|---|---|---|---|---|---|
 """
 
+MODELS = """
+# Architectures
+
+One decoder and one encoder cover these by switches ([lib/models](../lib/models)). For each,
+[tests/peers/logits_test.py](../tests/peers/logits_test.py) takes a checkpoint written by
+transformers, finds the same logits to 1e-4, and writes the same tensors back, bit for bit, in a
+directory that transformers loads: `make test-peers`.
+
+| architecture | model_type | paper | note |
+|---|---|---|---|
+"""
+
 
 def render() -> str:
   """Render the ledger.
@@ -51,7 +63,15 @@ def render() -> str:
       f"[{entry.oracle}](../{entry.oracle})", verdict, shown,
     )  # fmt: skip
     rows.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
-  return HEAD + "\n".join(rows) + "\n"
+  return HEAD + "\n".join(rows) + "\n" + MODELS + "\n".join(_models()) + "\n"
+
+
+def _models() -> list[str]:
+  rows = []
+  for name, a in registry.ARCHITECTURES.items():
+    types = ", ".join(f"`{t}`" for t in a.model_types)
+    rows.append(f"| {name} | {types} | {a.paper} | {a.note} |")
+  return rows
 
 
 def main(argv: list[str]) -> None:
@@ -67,8 +87,8 @@ def main(argv: list[str]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(new)
   elif old != new:
-    names = {"fromfile": "committed", "tofile": "current", "lineterm": ""}
-    diff = difflib.unified_diff(old.splitlines(), new.splitlines(), **names)
+    lines = old.splitlines(), new.splitlines()
+    diff = difflib.unified_diff(*lines, fromfile="committed", tofile="current", lineterm="")
     print("\n".join(diff), file=sys.stderr)
     sys.exit(f"{path} is out of date; run: make docs")
 

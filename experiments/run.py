@@ -9,6 +9,7 @@ Finished stages are kept: run the same command again after an interruption and i
 import hashlib
 import json
 import pathlib
+import shutil
 import sys
 
 from absl import app, flags, logging
@@ -36,6 +37,9 @@ def main(argv: list[str]) -> None:
     screen.print(f"[{i + 1}/{len(config.order)}] {name}{' (finished before)' if known else ''}")
     results.append(stages.run(lab, name, config.stages[name].to_dict()))
   _metrics(workdir, results)
+  for r in results:
+    if "directory" in r:  # the exported model's card stands for the experiment
+      shutil.copy(pathlib.Path(r["directory"]) / "README.md", workdir / "README.md")
   page = report.write(workdir, results, config.page.to_dict())
   screen.print(report.plain(results))
   print(f"report: {page}")
@@ -47,7 +51,11 @@ def _claim(workdir: pathlib.Path, config: str) -> None:
   mark, digest = workdir / "config.json", hashlib.sha256(config.encode()).hexdigest()
   old = hashlib.sha256(mark.read_bytes()).hexdigest() if mark.exists() else digest
   if old != digest:
-    sys.exit(f"--workdir={workdir} holds another experiment; choose another directory or remove it")
+    print(
+      f"--workdir={workdir} holds another experiment; choose another directory or remove it",
+      file=sys.stderr,
+    )
+    sys.exit(2)
   mark.write_text(config)
 
 

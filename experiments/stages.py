@@ -198,7 +198,13 @@ def export(lab: Lab, name: str, settings: Settings) -> tuple[None, dict[str, Any
   model = lab.model(settings["model"])
   out = lab.workdir / name
   source = lab.folder(settings["model"]) / "model"
-  export_lib.to_hf(model, out, overwrite=True, tokenizer_from=source)
+  export_lib.to_hf(
+    model,
+    out,
+    overwrite=True,
+    tokenizer_from=source,
+    evaluation=_figures((lab.result(settings["model"]) or {}).get("evaluation")),
+  )
   return None, {"directory": str(out)}
 
 
@@ -280,13 +286,17 @@ def _save(
   if tokenizer is None:
     tokenizer = str(lab.workdir / "tokenizer")
     bpe.save(lab.tokenizer, tokenizer, context=lab.text["length"])
-  figures = {
+  out = lab.folder(name) / "model"
+  sink.save(model, out, overwrite=True, tokenizer_from=tokenizer, evaluation=_figures(evaluation))
+
+
+def _figures(evaluation: Any) -> dict[str, float]:
+  """Name the figures of a model card."""
+  return {
     f"{text}: {key}": numbers[key]
     for text, numbers in (evaluation or {}).items()
     for key in ("nll", "perplexity", "bits_per_byte")
   }
-  out = lab.folder(name) / "model"
-  sink.save(model, out, overwrite=True, tokenizer_from=tokenizer, evaluation=figures)
 
 
 def _plain(value: Any) -> Any:

@@ -120,6 +120,52 @@ TABLE: dict[str, Entry] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """One family of networks, all of which `lib/models` covers by the switches of one spec.
+
+  Attributes:
+    paper: authors, title, year, identifier.
+    model_types: `model_type` in config.json.
+    note: what a reader of the ledger should know.
+  """
+
+  paper: str
+  model_types: tuple[str, ...]
+  note: str = ""
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+  "BERT, MiniLM": Architecture("Devlin et al., BERT, 2018, arXiv 1810.04805", ("bert",)),
+  "Gemma 1, 2, 3": Architecture(
+    "Gemma team, Gemma 3 technical report, 2025, arXiv 2503.19786",
+    ("gemma", "gemma2", "gemma3_text"),
+  ),
+  "GPT-2": Architecture(
+    "Radford et al., Language models are unsupervised multitask learners, 2019", ("gpt2",)
+  ),
+  "GPT-J": Architecture("Wang and Komatsuzaki, GPT-J-6B, 2021", ("gptj",)),
+  "GPT-NeoX, Pythia": Architecture(
+    "Black et al., GPT-NeoX-20B, 2022, arXiv 2204.06745", ("gpt_neox",)
+  ),
+  "Llama 2, 3": Architecture(
+    "Grattafiori et al., The Llama 3 herd of models, 2024, arXiv 2407.21783", ("llama",)
+  ),
+  "Mistral": Architecture("Jiang et al., Mistral 7B, 2023, arXiv 2310.06825", ("mistral",)),
+  "OLMo 2": Architecture("OLMo team, 2 OLMo 2 Furious, 2025, arXiv 2501.00656", ("olmo2",)),
+  "OPT": Architecture("Zhang et al., OPT, 2022, arXiv 2205.01068", ("opt",)),
+  "OpenELM, layer-wise scaling": Architecture(
+    "Mehta et al., OpenELM, 2024, arXiv 2404.14619",
+    ("openelm",),
+    "unequal layers are several segments; the reference is written from the published definition",
+  ),
+  "Qwen2, Qwen2.5": Architecture(
+    "Qwen team, Qwen2.5 technical report, 2024, arXiv 2412.15115", ("qwen2",)
+  ),
+  "Qwen3": Architecture("Qwen team, Qwen3 technical report, 2025, arXiv 2505.09388", ("qwen3",)),
+}
+
+
 def load(name: str) -> Callable[..., step.Transform]:
   """Import a method's factory.
 

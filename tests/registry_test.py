@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from treesurgeon import registry
+from treesurgeon.models import hf
 from treesurgeon.core import step
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -70,3 +71,10 @@ def test_entries_are_whole(name):
 
 def test_the_table_is_sorted():
   assert list(registry.TABLE) == sorted(registry.TABLE)
+
+
+def test_the_architectures_are_those_that_are_read():
+  with pytest.raises(ValueError, match="not supported") as raised:
+    hf.from_config({"model_type": "no-such"})
+  read = set(str(raised.value).split("valid: ")[1].split(", ")) - {"treesurgeon"}
+  assert {t for a in registry.ARCHITECTURES.values() for t in a.model_types} == read

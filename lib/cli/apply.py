@@ -17,13 +17,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from treesurgeon import registry
-from treesurgeon.cli import main
-from treesurgeon.core import lineage, needs, step
+from treesurgeon.cli import inspect, main
+from treesurgeon.core import lineage, needs, paths, step
+from treesurgeon.core import model as model_lib
 from treesurgeon.edit import requests
 from treesurgeon.io import checkpoint, loading, staging
 from treesurgeon.io import sink as checkpoint_sink
 from treesurgeon.io import tokenizer as tokenizers
-from treesurgeon.run import calibration, casting, collect, drivers
+from treesurgeon.run import calibration, casting, collect, drivers, dry
 
 DRIVERS = ("auto", "run", "blockwise", "stream")
 
@@ -55,6 +56,10 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
     flag_values=values,
   )  # fmt: skip
   flags.DEFINE_integer("batch", 8, "Calibration sequences at a time.", 1, flag_values=values)
+  flags.DEFINE_bool(
+    "dry_run", False, "Print the tree that would come out; read and write no weight.",
+    flag_values=values,
+  )  # fmt: skip
   flags.DEFINE_enum("driver", "auto", DRIVERS, "How to go through the model.", flag_values=values)
 
 
@@ -92,6 +97,10 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
     one.units(source.addresses())
     if one.scope == "model":
       break  # it may change the addresses
+  if values.dry_run:
+    shapes = paths.unflatten({a: source.struct(a) for a in source.addresses()})
+    inspect.show(dry.dry_run(transform, model_lib.Model(source.spec, shapes)).params)
+    return
   materials = _materials(values, source, transform)
   execute(values, transform, source, materials, driver=values.driver)
 

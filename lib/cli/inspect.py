@@ -40,13 +40,27 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
     _diff(checkpoint.Checkpoint(values.model), checkpoint.Checkpoint(values.diff))
     return
   source = checkpoint.Checkpoint(values.model)
+  # Headers tell it all: no weight is read.
+  screen = show(paths.unflatten({a: source.struct(a) for a in source.addresses()}))
+  for record in source.lineage:
+    screen.print(f"lineage: {record.expression}  (driver {record.driver}, seed {record.seed})")
+
+
+def show(params: paths.Params) -> console.Console:
+  """Print a tree: address, shape, type, bits and bytes.
+
+  Args:
+    params: nested parameters, or their shapes.
+
+  Returns:
+    The console it was printed on.
+  """
   out = table.Table(box=None, pad_edge=False)
   for name, justify in (
     ("address", "left"), ("shape", "right"), ("type", "left"), ("bits", "right"), ("bytes", "right")
   ):  # fmt: skip
     out.add_column(name, justify=justify, overflow="fold")  # pyright: ignore[reportArgumentType]
-  # Headers tell it all: no weight is read.
-  found = describe.rows(paths.unflatten({a: source.struct(a) for a in source.addresses()}))
+  found = describe.rows(params)
   for row in found:
     shape = " x ".join(map(str, row.shape))
     out.add_row(row.address, shape, row.kind, f"{row.bits:.2f}", f"{row.nbytes:,}")
@@ -54,8 +68,7 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
   out.add_row("total", f"{size:,}", "", f"{nbytes * 8 / max(1, size):.2f}", f"{nbytes:,}")
   screen = _console()
   screen.print(out)
-  for record in source.lineage:
-    screen.print(f"lineage: {record.expression}  (driver {record.driver}, seed {record.seed})")
+  return screen
 
 
 def _diff(a: checkpoint.Checkpoint, b: checkpoint.Checkpoint) -> None:

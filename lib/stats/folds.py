@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+Part = Any  # an array; a shape while a transform is only planned
+
 
 class Fold(NamedTuple):
   """How to gather a statistic of a linear layer's inputs.
@@ -39,8 +41,8 @@ class SecondMoment:
     count: number of tokens.
   """
 
-  moment: Float[Array, "n n"]
-  count: Float[Array, ""]
+  moment: Part
+  count: Part
 
   def mean(self) -> Float[Array, "n n"]:
     """Divide by the number of tokens."""
@@ -57,8 +59,8 @@ class PerFeature:
     count: number of tokens.
   """
 
-  value: Float[Array, " n"]
-  count: Float[Array, ""]
+  value: Part
+  count: Part
 
   def mean(self) -> Float[Array, " n"]:
     """Divide by the number of tokens; for sums."""

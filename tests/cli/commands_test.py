@@ -149,3 +149,13 @@ def io_materials():
   from treesurgeon.run import collect
 
   return collect.Materials(open_model=io.Checkpoint)
+
+
+def test_a_dry_run_prints_the_tree_and_writes_nothing(directories, tmp_path, capsys):
+  out = tmp_path / "out"
+  expression = "grow.g_stack(growth=2) + compress.quantize.rtn(bits=4, group_size=4)"
+  assert main.run(["apply", f"--model={directories / 'base'}", f"--out={out}",
+                   f"--transform={expression}", "--dry_run"]) == 0  # fmt: skip
+  printed = capsys.readouterr().out
+  assert "layers/0:4/attn/q/kernel" in printed and "int4 g4" in printed
+  assert not out.exists()

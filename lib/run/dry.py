@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find out what a transform would make, without data and without work.
+
+Every step runs under `jax.eval_shape`: shapes, dtypes and bytes of the result are known before a
+weight is read, and a mistake in an expression is found as early.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from treesurgeon import stats
+from treesurgeon.core import model as model_lib
+from treesurgeon.core import needs, paths, step
+
+
+def dry_run(transform: step.Transform, model: model_lib.Model, *, donors: int = 1) -> Any:
+  """Apply a transform to shapes.
+
+  Args:
+    transform: steps, first applied first.
+    model: a model whose leaves may be `jax.ShapeDtypeStruct`s.
+    donors: how many donors a merge would be handed, where its expression names none.
+
+  Returns:
+    A model whose leaves are `jax.ShapeDtypeStruct`s, or compressed leaves of them. Edits are
+    taken without requests, so they leave every leaf as it is.
+
+  Raises:
+    ValueError: as the transform itself would.
+
+  Example:
+    >>> from treesurgeon import registry
+    >>> tree = {"layers": {"0:2": {"mlp": {"up": {"kernel": jnp.zeros((2, 64, 8))}}}}}
+    >>> quantize = registry.parse("compress.quantize.rtn(bits=4)")
+    >>> dry_run(quantize, model_lib.Model(None, tree)).nbytes()
+    576
+  """
+  model = model.replace(params=jax.tree.map(_bare, model.params), aux={})
+  for one in transform:
+    names = model.addresses()
+    one.units(names)
+    evidence = {n: _evidence(need, model, names, donors) for n, need in one.needs.items()}
+    specs = []
+
+    def apply(params: Any, evidence: Any, one: Any = one, old: Any = model, to: Any = specs) -> Any:
+      new = one.apply(old.replace(params=params), evidence, jax.random.key(0))
+      to.append(new.spec)
+      return new.params
+
+    params = jax.eval_shape(apply, model.params, evidence)
+    model = model.replace(spec=specs[-1], params=params)
+  return model
+
+
+def _evidence(need: needs.Need, model: model_lib.Model, names: list[str], donors: int) -> Any:
+  """Make evidence of shapes only."""
+  if isinstance(need, needs.Donors):
+    count = len(need.models) or donors
+    return {a: (model.leaf(a),) * count for a in names}
+  if not isinstance(need, needs.Statistic):
+    return []
+  out = {}
+  for address in paths.select(names, need.select or step.BLOCK_KERNELS):
+    shape = model.leaf(address).shape
+    if need.fold == "fisher":
+      out[address] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    else:
+      out[address] = jax.eval_shape(lambda f=need.fold, n=shape[-2]: stats.FOLDS[f].init(n))
+  return out
+
+
+def _bare(x: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
