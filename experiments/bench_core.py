@@ -235,16 +235,20 @@ def work(job: str, folder: pathlib.Path) -> None:
   """
   compiled: list[float] = []
 
-  def listen(event: str, duration: float, **rest: Any) -> None:
+  def listen(event: str, duration_secs: float, **rest: Any) -> None:
     del rest
     if "compile" in event or "trace" in event or "lower" in event:
-      compiled.append(duration if event.endswith("duration") else 0.0)
+      compiled.append(duration_secs if event.endswith("duration") else 0.0)
 
   programs: list[str] = []
+
+  def count(event: str, duration_secs: float, **rest: Any) -> None:
+    del duration_secs, rest
+    if "backend_compile" in event:
+      programs.append(event)
+
   jax.monitoring.register_event_duration_secs_listener(listen)
-  jax.monitoring.register_event_duration_secs_listener(
-    lambda event, _, **rest: programs.append(event) if "backend_compile" in event else None
-  )
+  jax.monitoring.register_event_duration_secs_listener(count)
   seconds = JOBS[job](folder)
   status = pathlib.Path("/proc/self/status").read_text()  # unlike ru_maxrss, starts at exec
   peak = int(status.split("VmHWM:")[1].split()[0]) * 1024

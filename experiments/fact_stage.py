@@ -34,7 +34,9 @@ def edit(
   learned = train_facts.learn(config, seed)
   subject, last = train_facts.effects(learned)
   request = fact_texts.edits(learned.world, 1)[0]
-  rows = fact_texts.batches(learned.world, rows=32, length=config.model.length, seed=2)
+  rows = fact_texts.batches(
+    learned.world, rows=32, length=settings["facts"]["model"]["length"], seed=2
+  )
   materials = collect.Materials(
     batches=[next(rows)["tokens"] for _ in range(8)],
     requests=[requests.tokenize(request, learned.tokenizer, separator=facts.STOP)],

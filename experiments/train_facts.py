@@ -111,7 +111,8 @@ def effects(learned: Learned, count: int = 16) -> tuple[np.ndarray, np.ndarray]:
     rows.append((made.prompt, tokens.encode(learned.tokenizer, r.target_true)))
   model = learned.model
   out = tracing.trace(model.spec, model.params, tokens.statements(rows), jax.random.key(0))
-  return tuple(np.asarray(x) for x in out.effect())
+  subject, last = out.effect()
+  return np.asarray(subject), np.asarray(last)
 
 
 def compare(learned: Learned, config: Any) -> dict[str, dict[str, float]]:

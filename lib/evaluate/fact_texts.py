@@ -149,7 +149,7 @@ def _statements(world: facts.World) -> tuple[np.ndarray, np.ndarray]:
   texts = []
   sizes = world.sizes
   for s, r, t in zip(*np.nonzero(world.shown), strict=True):
-    fact = world.answer(r, world.facts[s, r])
+    fact = world.answer(r, int(world.facts[s, r]))
     texts.append(f"{world.prompt(r, t).format(world.subject(s))} {fact} {facts.STOP}")
   for s in range(sizes.subjects):
     job = world.answer(sizes.relations, world.facts[s, -1])

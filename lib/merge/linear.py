@@ -48,8 +48,8 @@ def average(
   divisor = sum(weight)
   if normalize and abs(divisor) < 1e-8:
     raise ValueError(f"weights={weight} sum to zero, so they cannot be normalized")
-  total = sum(c * x.astype(jnp.float32) for c, x in zip(weight, arrays, strict=True))
-  return (total / divisor if normalize else jnp.asarray(total)).astype(w.dtype)
+  total = jnp.asarray(sum(c * x.astype(jnp.float32) for c, x in zip(weight, arrays, strict=True)))
+  return (total / divisor if normalize else total).astype(w.dtype)
 
 
 @step.method("merge.linear")

@@ -150,7 +150,7 @@ def ties(
   """
   if granularity not in GRANULARITIES:
     raise ValueError(f"granularity={granularity!r}; valid: {', '.join(GRANULARITIES)}")
-  frozen = weights_lib.freeze(density)
+  frozen = tuple(density) if isinstance(density, Sequence) else density
   for share in frozen if isinstance(frozen, tuple) else (frozen,):
     if not 0 <= share <= 1:
       raise ValueError(f"density={density} must lie between 0 and 1")

@@ -127,11 +127,12 @@ def embed(
     h = h * jnp.asarray(spec.embed_scale, h.dtype)
   if spec.positions == "learned":
     if positions is None:
-      if tokens.shape[1] > spec.max_positions:
+      length = jnp.shape(tokens)[1]
+      if length > spec.max_positions:
         raise ValueError(
-          f"a sequence of {tokens.shape[1]} tokens exceeds max_positions={spec.max_positions}"
+          f"a sequence of {length} tokens exceeds max_positions={spec.max_positions}"
         )
-      positions = jnp.arange(tokens.shape[1])[None, :]
+      positions = jnp.arange(length)[None, :]
     table = leaves.dense(tree["positions"]["embedding"])
     h = h + jnp.take(table, positions + spec.position_offset, axis=0)
   if spec.num_types:

@@ -100,7 +100,7 @@ def mean_pool(
     >>> encoder.mean_pool(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[1, 1, 0]])).item()
     2.0
   """
-  weight = (mask != 0).astype(jnp.float32)[:, :, None]
+  weight = (jnp.asarray(mask) != 0).astype(jnp.float32)[:, :, None]
   total = (hidden.astype(jnp.float32) * weight).sum(axis=1)
   return total / jnp.maximum(weight.sum(axis=1), 1.0)
 

@@ -128,8 +128,8 @@ def extend(
   Returns:
     float32 logits of the given tokens, and the cache that holds them too.
   """
-  h, cache = _hidden(spec, params, tokens, cache, start)
-  return decoder.head(spec, params, h), cache
+  h, extended = _hidden(spec, params, tokens, cache, start)
+  return decoder.head(spec, params, h), extended
 
 
 def sample(

@@ -54,7 +54,7 @@ def from_config(config: Mapping[str, Any]) -> specs.Spec:
     ...                 "n_head": 2}).d_ff
     16
   """
-  name = config.get("model_type")
+  name: Any = config.get("model_type")
   if name != _OURS and name not in hf_families.FAMILIES:
     valid = ", ".join([*hf_families.FAMILIES, _OURS])
     raise ValueError(f"model_type {name!r} is not supported; valid: {valid}")
@@ -62,8 +62,8 @@ def from_config(config: Mapping[str, Any]) -> specs.Spec:
   unknown = sorted(set(ours) - set(_FIELDS))
   if unknown:
     raise ValueError(f"config key {_OURS!r} holds the unknown field {unknown[0]!r}")
+  fields: dict[str, Any] = ours
   if name == _OURS:
-    fields = ours
     missing = [
       f for f in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff") if f not in fields
     ]

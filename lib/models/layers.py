@@ -124,10 +124,11 @@ class Attention(nn.Module):
     """Return the mixed and projected values, and the cache with the new keys and values."""
     s = self.spec
     one = s.at(layer) if isinstance(layer, int) else s.at(0)  # widths matter to `init` only
+    heads, kv_heads = (one.per_layer(n)[0] for n in ("num_heads", "num_kv_heads"))
     x = tap("attn/in", x)
-    q = Linear(one.num_heads * s.head_dim, s.qkv_bias, name="q")(x)
-    k = Linear(one.num_kv_heads * s.head_dim, s.qkv_bias, name="k")(x)
-    v = Linear(one.num_kv_heads * s.head_dim, s.qkv_bias, name="v")(x)
+    q = Linear(heads * s.head_dim, s.qkv_bias, name="q")(x)
+    k = Linear(kv_heads * s.head_dim, s.qkv_bias, name="k")(x)
+    v = Linear(kv_heads * s.head_dim, s.qkv_bias, name="v")(x)
     if s.qk_norm == "full":
       q, k = Norm(s, "rms", name="q_norm")(q), Norm(s, "rms", name="k_norm")(k)
     q, k, v = (y.reshape(*y.shape[:2], -1, s.head_dim) for y in (q, k, v))

@@ -46,7 +46,9 @@ def rotate(
     True
   """
   half = inv_freq.shape[0]
-  angle = positions[:, :, None, None].astype(jnp.float32) * inv_freq[None, None, None, :]
+  angle = (
+    jnp.asarray(positions)[:, :, None, None].astype(jnp.float32) * inv_freq[None, None, None, :]
+  )
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   turned, rest = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
   if interleaved:

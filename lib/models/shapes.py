@@ -112,25 +112,26 @@ def layer_shapes(spec: specs.Spec, layer: int) -> dict[str, tuple[int, ...]]:
     A mapping from name to shape.
   """
   one = spec.at(layer)
-  d, q, kv = one.d_model, one.num_heads * one.head_dim, one.num_kv_heads * one.head_dim
+  heads, kv_heads, width = (one.per_layer(n)[0] for n in ("num_heads", "num_kv_heads", "d_ff"))
+  d, q, kv = spec.d_model, heads * spec.head_dim, kv_heads * spec.head_dim
   before = spec.norm_place in ("pre", "sandwich")
   table: dict[str, tuple[int, ...]] = {}
   if before:
     table |= _norm(spec, "attn_norm")
-  for name, width in (("q", q), ("k", kv), ("v", kv)):
-    table |= _linear(f"attn/{name}", d, width, spec.qkv_bias)
+  for name, out in (("q", q), ("k", kv), ("v", kv)):
+    table |= _linear(f"attn/{name}", d, out, spec.qkv_bias)
   if spec.qk_norm != "none":
     full = spec.qk_norm == "full"
-    table["attn/q_norm/scale"] = (q if full else one.head_dim,)
-    table["attn/k_norm/scale"] = (kv if full else one.head_dim,)
+    table["attn/q_norm/scale"] = (q if full else spec.head_dim,)
+    table["attn/k_norm/scale"] = (kv if full else spec.head_dim,)
   table |= _linear("attn/o", q, d, spec.o_bias)
   if spec.norm_place != "pre":
     table |= _norm(spec, "post_attn_norm")
   if before and not spec.shared_norm:
     table |= _norm(spec, "mlp_norm")
   for name in ("gate", "up") if spec.gated else ("up",):
-    table |= _linear(f"mlp/{name}", d, one.d_ff, spec.mlp_bias)
-  table |= _linear("mlp/down", one.d_ff, d, spec.mlp_bias)
+    table |= _linear(f"mlp/{name}", d, width, spec.mlp_bias)
+  table |= _linear("mlp/down", width, d, spec.mlp_bias)
   if spec.norm_place != "pre":
     table |= _norm(spec, "post_mlp_norm")
   return table

@@ -30,6 +30,8 @@ CHOICES = {
   "activation": ("silu", "gelu", "gelu_tanh", "relu"),
 }
 
+# None may be given; construction puts an int in its place, which is what a reader finds.
+_Filled = int | Any
 _OPTIONAL = ("attn_scale", "attn_softcap", "final_softcap")
 
 
@@ -99,14 +101,14 @@ class Spec:
   num_heads: int | tuple[int, ...]
   d_ff: int | tuple[int, ...]
   num_kv_heads: int | tuple[int, ...] | None = None
-  head_dim: int | None = None
+  head_dim: _Filled = None
   max_positions: int = 2048
   kind: str = "decoder"
   family: str = "treesurgeon"
   positions: str = "rotary"
   position_offset: int = 0
   rope_theta: float | int | tuple[float | int, ...] = 10000.0
-  rope_dim: int | None = None
+  rope_dim: _Filled = None
   rope_interleaved: bool = False
   rope_scaling: str = "none"
   rope_factor: float | int | tuple[float | int, ...] = 1.0
@@ -258,7 +260,7 @@ def _per_layer(name: str, value: Any, num_layers: int) -> Any:
       f"Spec.{name} lists {len(values)} layers; num_layers is {num_layers} (a scalar means all)"
     )
   for i, v in enumerate(values):
-    if isinstance(v, bool) or not isinstance(v, numbers.Real) or cast(v) != v:
+    if isinstance(v, bool) or not isinstance(v, numbers.Real) or cast(v) != v:  # pyright: ignore[reportArgumentType]
       raise ValueError(f"Spec.{name} must hold {cast.__name__}s; layer {i} has {v!r}")
     if v < low if low is not None else v <= 0:
       raise ValueError(
