@@ -105,14 +105,16 @@ class Log:
     """Write what was last checked, with the clocks."""
     seconds = max(time.perf_counter() - self._since, 1e-9)
     rate = (step - self._from) / seconds
-    self._writer.write({
-      "step": step,
-      **self._last,
-      "tokens": step * self._tokens,
-      "flops": self._before + step * self._per_step,
-      "tokens_per_second": rate * self._tokens,
-      "flops_per_second": rate * self._per_step,
-    })
+    self._writer.write(
+      {
+        "step": step,
+        **self._last,
+        "tokens": step * self._tokens,
+        "flops": self._before + step * self._per_step,
+        "tokens_per_second": rate * self._tokens,
+        "flops_per_second": rate * self._per_step,
+      }
+    )
     text = f"loss {self._last['loss']:.4f}  {rate * self._tokens:,.0f} tokens/s"
     self._show(step, f"{text}  {rate * self._per_step / 1e9:,.1f} GFLOP/s")
     self.start(step)

@@ -7,9 +7,7 @@ import pytest
 from treesurgeon import models
 from treesurgeon.train import objectives
 
-MASK = jax.jit(
-  objectives.mask_tokens, static_argnames=("mask_id", "vocab_size", "rate", "special")
-)
+MASK = jax.jit(objectives.mask_tokens, static_argnames=("mask_id", "vocab_size", "rate", "special"))
 
 
 def oracle(logits, targets, weights):
@@ -57,9 +55,7 @@ def test_what_weighs_nothing_cannot_hurt():
 def test_masking_has_berts_rates_and_spares_special_tokens():
   tokens = jnp.tile(jnp.arange(100, dtype=jnp.int32)[None, :], (200, 1))
   keys = jax.random.split(jax.random.key(0), 200)
-  x, w = MASK(
-    keys, tokens, mask_id=100, vocab_size=100, rate=0.3, special=(0, 1)
-  )
+  x, w = MASK(keys, tokens, mask_id=100, vocab_size=100, rate=0.3, special=(0, 1))
   x, w, tokens = np.asarray(x), np.asarray(w), np.asarray(tokens)
   assert (x[w == 0] == tokens[w == 0]).all()
   assert w[:, :2].sum() == 0 and w[:, 2:].mean() == pytest.approx(0.3, abs=0.02)

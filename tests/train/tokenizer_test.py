@@ -31,9 +31,12 @@ def test_training_is_deterministic_across_processes():
   )
   runs = [
     subprocess.run(
-      [sys.executable, "-P", "-c", program], env={**os.environ, "PYTHONHASHSEED": seed},
-      capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+      [sys.executable, "-P", "-c", program],
+      env={**os.environ, "PYTHONHASHSEED": seed},
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout
     for seed in ("1",)
   ]
   assert json.loads(runs[0]) == json.loads(tokenizer.train(TEXTS, vocab_size=300).to_str())
