@@ -64,8 +64,8 @@ def _stages(
   """Name the stages: three arms of equal FLOPs, two experts, a merge, four compressions."""
   width = {"family": "llama", "d_model": 32, "num_heads": 2, "d_ff": 88, "max_positions": 1024}
 
-  def train(flops: float, schedule: str, **rest: object) -> dict:
-    optimizer = {"lr": 4e-3, "schedule": schedule, "warmup": warmup, "final": 0.0}
+  def train(flops: float, schedule: str, lr: float = 4e-3, **rest: object) -> dict:
+    optimizer = {"lr": lr, "schedule": schedule, "warmup": warmup, "final": 0.0}
     return {"kind": "train", "domains": TEXTS, "batch": batch, "max_flops": flops,
             "optimizer": optimizer, **rest}  # fmt: skip
 
@@ -80,15 +80,15 @@ def _stages(
     ),
     "never_grown": train(0.9 * total, "wsd", model="small"),
     "scratch": train(total, "wsd", spec={**width, "num_layers": SMALL * GROWTH}),
-    "code_expert": train(0.25 * total, "wsd", model="grown", domains=("code",)),
-    "prose_expert": train(0.25 * total, "wsd", model="grown", domains=("prose",)),
+    "code_expert": train(0.15 * total, "wsd", lr=1e-3, model="grown", domains=("code",)),
+    "prose_expert": train(0.15 * total, "wsd", lr=1e-3, model="grown", domains=("prose",)),
     "average": {
       "kind": "transform", "model": "code_expert", "donors": ("prose_expert",),
       "transform": "merge.linear()",
     },
     "merged": {
       "kind": "transform", "model": "grown", "donors": ("code_expert", "prose_expert"),
-      "transform": "merge.ties(density=0.5)",
+      "transform": "merge.ties(density=0.5, lam=0.5)",
     },
     "rtn_4bit": compress("compress.quantize.rtn(bits=4, group_size=32)"),
     "gptq_4bit": compress("compress.quantize.gptq(bits=4, group_size=32)", **blockwise),
