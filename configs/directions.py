@@ -35,7 +35,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
   expert = stages["code_expert"]
   stages |= {
-    "interpolated": {**stages["grown"], "transform": "grow.interpolate(growth=4)"},
+    "interpolated": {**stages["grown"], "transform": "grow.interpolate(growth=2)"},
     "lora": {**expert, "transform": "adapt.lora(rank=8)", "types": ("LowRank",)},
     "negated": {
       "kind": "transform", "model": "grown", "donors": ("code_expert",),

@@ -18,7 +18,7 @@ import ml_collections
 
 from treesurgeon.configs import facts as facts_config
 
-SMALL, GROWTH = 2, 4
+SMALL, GROWTH = 2, 2
 TEXTS = ("code", "prose")
 
 
@@ -106,20 +106,20 @@ def _stages(
 def _page() -> dict:
   """Say what the report shows."""
   arms = {
-    "grown: 2 layers, stacked to 8": ["small", "grown"],
+    "grown: 2 layers, stacked to 4": ["small", "grown"],
     "never grown: 2 layers": ["small", "never_grown"],
-    "from scratch: 8 layers": ["scratch"],
+    "from scratch: 4 layers": ["scratch"],
   }
   return {
     "title": "Operating on a small language model",
     "lead": (
       "A decoder was trained on the Python standard library, grown, split into two experts, "
       "merged, compressed and edited. Each operation is shown with its control, whether it helped "
-      "or not. Lower is better throughout."
+      "or not. Bits per byte and perplexity: lower is better."
     ),
     "sections": [
       {"heading": "Growing", "kind": "curves", "arms": arms,
-       "text": "The small model was stacked four times and trained on. All three arms end at the "
+       "text": "The small model was stacked on itself and trained on. All three arms end at the "
                "same number of floating-point operations, the small model's included."},
       {"heading": "Growing: held-out text", "kind": "table", "texts": TEXTS,
        "rows": {"grown": "grown", "never grown (control)": "never_grown",
