@@ -31,11 +31,6 @@ from treesurgeon import io, models, registry
 from treesurgeon.core import model as model_lib
 from treesurgeon.run import collect, drivers
 
-_PARAMS = flags.DEFINE_integer("params", 100, "Size of the model, millions of parameters.", 1)
-_SCRATCH = flags.DEFINE_string("scratch", None, "Where to put the checkpoints; default: temporary.")
-_REPEATS = flags.DEFINE_integer("repeats", 2, "Processes a measurement; the fastest counts.", 1)
-_WORK = flags.DEFINE_string("work", None, "Internal: the measurement this process makes.")
-
 EXPRESSIONS = {
   "linear": "merge.linear(weights=(0.4, 0.3, 0.3))",
   "ties": "merge.ties(density=0.2)",
@@ -267,7 +262,7 @@ def measure(job: str, folder: pathlib.Path) -> dict[str, float]:
     seconds without compilation, compile seconds, number of compiled programs, peak bytes.
   """
   best: dict[str, float] = {}
-  for _ in range(_REPEATS.value):
+  for _ in range(flags.FLAGS.repeats):
     command = [sys.executable, "-P", "-m", "treesurgeon.experiments.bench_core",
                f"--work={job}", f"--scratch={folder}"]  # fmt: skip
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -328,20 +323,24 @@ def main(argv: list[str]) -> None:
     argv: no positional arguments.
   """
   del argv
-  folder = pathlib.Path(_SCRATCH.value or tempfile.mkdtemp(prefix="bench_core_"))
+  folder = pathlib.Path(flags.FLAGS.scratch or tempfile.mkdtemp(prefix="bench_core_"))
   folder.mkdir(parents=True, exist_ok=True)
-  if _WORK.value:
-    work(_WORK.value, folder)
+  if flags.FLAGS.work:
+    work(flags.FLAGS.work, folder)
     return
-  size = make(folder, _PARAMS.value)
+  size = make(folder, flags.FLAGS.params)
   got = {}
   for job in JOBS:
     print(job, file=sys.stderr)
     got[job] = measure(job, folder)
   console.Console(width=140).print(show(size, got))
-  if not _SCRATCH.value:
+  if not flags.FLAGS.scratch:
     shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
+  flags.DEFINE_integer("params", 100, "Size of the model, millions of parameters.", 1)
+  flags.DEFINE_string("scratch", None, "Where to put the checkpoints; default: temporary.")
+  flags.DEFINE_integer("repeats", 2, "Processes a measurement; the fastest counts.", 1)
+  flags.DEFINE_string("work", None, "Internal: the measurement this process makes.")
   app.run(main)

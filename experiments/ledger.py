@@ -13,9 +13,6 @@ from absl import app, flags
 
 from treesurgeon import registry
 
-_CHECK = flags.DEFINE_bool("check", False, "Fail if the file is not current; write nothing.")
-_FILE = flags.DEFINE_string("file", "docs/methods.md", "The ledger.")
-
 HEAD = """# Methods
 
 Generated from `lib/registry.py` by `make docs`; do not edit.
@@ -81,9 +78,9 @@ def main(argv: list[str]) -> None:
     argv: no positional arguments.
   """
   del argv
-  path, new = pathlib.Path(_FILE.value), render()
+  path, new = pathlib.Path(flags.FLAGS.file), render()
   old = path.read_text() if path.exists() else ""
-  if not _CHECK.value:
+  if not flags.FLAGS.check:
     path.parent.mkdir(exist_ok=True)
     path.write_text(new)
   elif old != new:
@@ -94,4 +91,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  flags.DEFINE_bool("check", False, "Fail if the file is not current; write nothing.")
+  flags.DEFINE_string("file", "docs/methods.md", "The ledger.")
   app.run(main)

@@ -112,6 +112,28 @@ def test_the_check_sees_what_it_should(part, line, message):
   assert (found is None) if message is None else (message in found)
 
 
+def flags_defined_on_import(tree: ast.Module) -> list[int]:
+  """Returns the lines outside functions and `if __name__ == "__main__":` that define a flag."""
+  lines = []
+  for node in tree.body:
+    if isinstance(node, ast.FunctionDef) or ast.unparse(node).startswith("if __name__ =="):
+      continue
+    calls = [n for n in ast.walk(node) if isinstance(n, ast.Call)]
+    lines += [c.lineno for c in calls if ".DEFINE_" in f".{ast.unparse(c.func)}"]
+  return lines
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_importing_defines_no_flag(path):
+  found = flags_defined_on_import(ast.parse(path.read_text(encoding="utf-8")))
+  assert not found, f"{path.name} defines flags on import, lines {found}; do it under __main__"
+
+
+def test_the_check_sees_flags():
+  source = 'X = flags.DEFINE_bool("x", 0, "")\nif __name__ == "__main__":\n  flags.DEFINE_bool("y")'
+  assert flags_defined_on_import(ast.parse(source)) == [1]
+
+
 def test_importing_the_package_loads_nothing_else():
   code = "import sys, treesurgeon; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
   assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
