@@ -62,8 +62,8 @@ types: $(DEV)/.stamp  ## check types
 	$(DEV)/bin/python .ci/shim.py
 	$(DEV)/bin/python -m pyright --pythonpath $(DEV)/bin/python
 
-docs: $(VENV)/.stamp  ## regenerate docs/methods.md from the registry
-	$(VENV)/bin/python -P -m treesurgeon.experiments.ledger
+docs: $(DEV)/.stamp  ## regenerate docs/methods.md from the registry
+	$(DEV)/bin/python -P -m treesurgeon.experiments.ledger
 
 clean:  ## remove environments, caches and build output (runs/ stays)
 	rm -rf .venv .venv-* .shim .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
