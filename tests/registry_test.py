@@ -6,8 +6,8 @@ import pathlib
 import pytest
 
 from treesurgeon import registry
-from treesurgeon.models import hf
 from treesurgeon.core import step
+from treesurgeon.models import hf
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
