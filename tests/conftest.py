@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
   if cache is not None:
     # A second run on the same machine finds its programs compiled.
     jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 

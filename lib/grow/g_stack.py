@@ -9,12 +9,7 @@ below that of training from scratch. Embeddings, final norm and head are kept. A
 afresh). Neutral at growth=1.
 """
 
-from collections.abc import Sequence
-
-import jax
-
-from treesurgeon.core import model as model_lib
-from treesurgeon.core import needs, step
+from treesurgeon.core import step
 from treesurgeon.grow import take_layers
 
 
@@ -35,10 +30,7 @@ def stack_index(num_layers: int, growth: int) -> list[int]:
     >>> stack_index(2, 3)
     [0, 1, 0, 1, 0, 1]
   """
-  if isinstance(growth, bool) or not isinstance(growth, int) or growth < 1:
-    raise ValueError(f"growth={growth!r} must be an integer of at least 1")
-  if num_layers < 1:
-    raise ValueError("a model without layers cannot grow in depth")
+  take_layers.check(num_layers, growth)
   return [i % num_layers for i in range(growth * num_layers)]
 
 
@@ -63,16 +55,4 @@ def g_stack(*, growth: int = 4) -> step.Step:
     Du et al., Stacking your transformers, 2024, arXiv 2405.15319.
   """
   stack_index(1, growth)
-
-  def apply(m: model_lib.Model, evidence: needs.Evidence, key: jax.Array) -> model_lib.Model:
-    del evidence, key
-    count = len({a.split("/")[1] for a in m.addresses() if a.startswith("layers/")})
-    return take_layers.reassemble(m, stack_index(count, growth))
-
-  def units(names: Sequence[str]) -> step.Units:
-    inside = tuple(a for a in names if a.startswith("layers/"))
-    if not inside:
-      raise ValueError("grow.g_stack: the model has no layers")
-    return [inside]
-
-  return step.Step({}, apply, "model", {}, units)
+  return take_layers.lift(lambda count: stack_index(count, growth))

@@ -9,14 +9,14 @@ sharding, a host array stays on the host.
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treesurgeon.core import leaves, paths, step
+from treesurgeon.core import leaves, needs, paths, step
 from treesurgeon.core import model as model_lib
 
 _LAYER = re.compile(r"layers/(\d+)/(.+)")
@@ -137,6 +137,54 @@ def gather(layers: Mapping[str, Any], how: Plan) -> dict[str, Any]:
     ]
     out[target] = parts[0] if len(parts) == 1 else jax.tree.map(_join, *parts)
   return out
+
+
+def lift(index: Callable[[int], list[int]]) -> step.Step:
+  """Lift an index list to a step: the form of every depthwise operator.
+
+  Args:
+    index: number of layers -> which layer each new layer is copied from.
+
+  Returns:
+    A step that takes whole models and rewrites the architecture too.
+
+  Example:
+    >>> from treesurgeon import models
+    >>> spec = models.Spec(vocab_size=5, d_model=4, num_layers=2, num_heads=1, d_ff=8)
+    >>> from treesurgeon.core import model as model_lib
+    >>> m = model_lib.Model(spec, models.init(spec, jax.random.key(0)))
+    >>> drop_last = lift(lambda count: list(range(count - 1)))
+    >>> drop_last.apply(m, {}, jax.random.key(0)).spec.num_layers
+    1
+  """
+
+  def apply(m: model_lib.Model, evidence: needs.Evidence, key: jax.Array) -> model_lib.Model:
+    del evidence, key
+    return reassemble(m, index(paths.num_layers(m.params)))
+
+  def units(names: Sequence[str]) -> step.Units:
+    inside = tuple(a for a in names if a.startswith("layers/"))
+    if not inside:
+      raise ValueError("a model without layers cannot grow in depth")
+    return [inside]
+
+  return step.Step({}, apply, "model", {}, units)
+
+
+def check(num_layers: int, growth: int) -> None:
+  """Refuse a growth that makes no sense.
+
+  Args:
+    num_layers: layers of the model.
+    growth: how many times deeper it should become.
+
+  Raises:
+    ValueError: for a growth that is not a positive integer, or a model without layers.
+  """
+  if isinstance(growth, bool) or not isinstance(growth, int) or growth < 1:
+    raise ValueError(f"growth={growth!r} must be an integer of at least 1")
+  if num_layers < 1:
+    raise ValueError("a model without layers cannot grow in depth")
 
 
 def reassemble(model: model_lib.Model, index: Sequence[int]) -> model_lib.Model:

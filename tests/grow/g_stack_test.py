@@ -99,5 +99,5 @@ def test_mistakes_are_named(kind):
   for growth in (0, -1, 1.5, True):
     with pytest.raises((ValueError, TypeError), match="growth|integer"):
       factory(growth=growth)
-  with pytest.raises(ValueError, match="the model has no layers"):
+  with pytest.raises(ValueError, match="a model without layers cannot grow"):
     drivers.run(factory(growth=2), model.Model(None, {"w": jnp.ones(2)}))
