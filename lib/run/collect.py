@@ -1,26 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gather what steps need: statistics in one pass over the data, donors, requests.
-
-Statistics are collected block by block through the taps that feed the kernels in question, in one
-compiled program a layer structure, so that only what is asked for is computed and kept.
-"""
+"""Gather what steps need: statistics in one pass over the data, donors, requests."""
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
-from treesurgeon import models, stats
-from treesurgeon.core import leaves, meshes, needs, paths, step
+from treesurgeon.core import meshes, needs, paths, step
 from treesurgeon.core import model as model_lib
-
-Wanted = dict[tuple[str, str], list[str]]  # (need's fold, address) -> names of the needs
+from treesurgeon.run import statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,22 +46,6 @@ class Materials:
     return found
 
 
-class TreeView(Mapping[str, Any]):
-  """A nested tree read by address; layers are cut out when asked for."""
-
-  def __init__(self, tree: Mapping[str, Any], wrap: Callable[[Any], Any] = lambda x: x):
-    self._tree, self._wrap = tree, wrap
-
-  def __getitem__(self, address: str) -> Any:
-    return self._wrap(paths.get(self._tree, address))
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(paths.addresses(self._tree))
-
-  def __len__(self) -> int:
-    return len(paths.addresses(self._tree))
-
-
 def evidence(one: step.Step, model: model_lib.Model, materials: Materials) -> needs.Evidence:
   """Gather everything a step needs, with one pass over the batches.
 
@@ -88,14 +63,16 @@ def evidence(one: step.Step, model: model_lib.Model, materials: Materials) -> ne
   require(one, materials)
   model = model.replace(params=meshes.to_auto(model.params))
   out: dict[str, Any] = {}
-  statistics = {n: w for n, w in one.needs.items() if isinstance(w, needs.Statistic)}
-  taps = {n: w for n, w in statistics.items() if w.fold != "fisher"}
+  asked = {n: w for n, w in one.needs.items() if isinstance(w, needs.Statistic)}
+  taps = {n: w for n, w in asked.items() if w.fold != "fisher"}
   if taps:
-    collected = tap_statistics(model, wanted(taps, model.addresses()), materials.batches)
+    collected = statistics.tap_statistics(
+      model, statistics.wanted(taps, model.addresses()), materials.batches
+    )
     for name, need in taps.items():
       out[name] = {a: s for (fold, a), s in collected.items() if fold == need.fold}
-  for name in statistics.keys() - taps.keys():
-    out[name] = fisher(model, materials.batches, select=statistics[name].select)
+  for name in asked.keys() - taps.keys():
+    out[name] = statistics.fisher(model, materials.batches, select=asked[name].select)
   for name, need in one.needs.items():
     if isinstance(need, needs.Donors | needs.Requests | needs.Batches):
       out[name] = brought(one, need, model, materials)
@@ -215,288 +192,3 @@ def check_alike(base: needs.Source, other: needs.Source, role: str) -> None:
       raise ValueError(
         f"{role} has {field}={have}, the base has {want}; merged models must agree in it"
       )
-
-
-def wanted(statistics: Mapping[str, needs.Statistic], names: Sequence[str]) -> Wanted:
-  """List which fold is wanted at which address.
-
-  Args:
-    statistics: needs by name.
-    names: all addresses of the model.
-
-  Returns:
-    (fold, address) to the names of the needs that want it.
-
-  Raises:
-    ValueError: for an unknown fold or a selection that matches nothing.
-  """
-  out: Wanted = {}
-  for name, need in statistics.items():
-    if need.fold not in stats.FOLDS:
-      raise ValueError(f"unknown statistic {need.fold!r}; known: {', '.join(stats.FOLDS)}, fisher")
-    for address in paths.select(names, need.select or step.BLOCK_KERNELS):
-      out.setdefault((need.fold, address), []).append(name)
-  return out
-
-
-def tap_statistics(
-  model: model_lib.Model, want: Wanted, batches: Iterable[np.ndarray]
-) -> dict[tuple[str, str], Any]:
-  """Collect statistics of kernels' inputs in one pass over the batches.
-
-  Args:
-    model: the model.
-    want: from `wanted`.
-    batches: token batches.
-
-  Returns:
-    (fold, address) to its state.
-
-  Raises:
-    ValueError: if a tap collected nothing.
-  """
-  per_layer = by_layer(want)
-  last = max((k for k in per_layer if k >= 0), default=-1)
-  if -1 in per_layer:
-    last = paths.num_layers(model.params) - 1
-  states: dict[int, Any] = {}
-  for tokens in batches:
-    h = embed(model, tokens)
-    for start, stop, tree in paths.segments(model.params):
-      for i in range(start, min(stop, last + 1)):
-        h, states[i] = through_block(
-          model.spec, tree, h, i, per_layer.get(i, ()), states.get(i), index=i - start
-        )
-    if -1 in per_layer:
-      states[-1] = at_head(model.spec, model.params, h, per_layer[-1], states.get(-1))
-  return covered(want, states)
-
-
-def by_layer(want: Wanted) -> dict[int, tuple[tuple[str, str], ...]]:
-  """Sort wanted statistics by layer, as (fold, tap) pairs; -1 is the head.
-
-  Args:
-    want: from `wanted`.
-
-  Returns:
-    Layer to its distinct (fold, tap) pairs.
-
-  Example:
-    >>> q, k = "layers/0/attn/q/kernel", "layers/0/attn/k/kernel"
-    >>> by_layer({("absmax", q): [], ("absmax", k): []})
-    {0: (('absmax', 'attn/in'),)}
-  """
-  out: dict[int, dict[tuple[str, str], None]] = {}
-  for fold, address in want:
-    out.setdefault(layer_of(address), {})[(fold, models.tap_of(address))] = None
-  return {i: tuple(sorted(pairs)) for i, pairs in out.items()}
-
-
-def layer_of(address: str) -> int:
-  """Return the layer an address lies in, -1 outside the layers.
-
-  Args:
-    address: a leaf's address.
-
-  Returns:
-    The layer index or -1.
-
-  Example:
-    >>> layer_of("layers/7/mlp/up/kernel"), layer_of("lm_head/kernel")
-    (7, -1)
-  """
-  parts = address.split("/")
-  return int(parts[1]) if parts[0] == "layers" else -1
-
-
-def covered(want: Wanted, states: Mapping[int, Any]) -> dict[tuple[str, str], Any]:
-  """Look every wanted statistic up and refuse one that saw no token.
-
-  Args:
-    want: from `wanted`.
-    states: layer to {(fold, tap): state}.
-
-  Returns:
-    (fold, address) to its state.
-
-  Raises:
-    ValueError: naming the address whose tap collected nothing.
-  """
-  out = {}
-  for fold, address in want:
-    state = (states.get(layer_of(address)) or {}).get((fold, models.tap_of(address)))
-    if state is None or not float(state.count) > 0:
-      raise ValueError(
-        f"{address}: the tap {models.tap_of(address)!r} collected nothing; the calibration "
-        "text is empty or the layer never ran"
-      )
-    out[(fold, address)] = state
-  return out
-
-
-def fisher(
-  model: model_lib.Model, batches: Iterable[np.ndarray], *, select: str | None = None
-) -> Mapping[str, Any]:
-  """Collect the diagonal empirical Fisher information of leaves.
-
-  Args:
-    model: the model; the leaves selected must not be compressed.
-    batches: token batches.
-    select: regular expression over addresses; None means every leaf. Layers stacked with one that
-      is selected come along.
-
-  Returns:
-    Address to the mean squared per-example gradient, float32.
-
-  Raises:
-    ValueError: if a leaf is compressed, nothing is selected, or there was no example.
-  """
-  chosen = set(paths.select(model.addresses(), select or ".*"))
-  params = meshes.to_auto(model.params)
-  stacks = {
-    name: set(paths.addresses(paths.nest({name: x}))) for name, x in paths.walk(params).items()
-  }
-  flat = {name: x for name, x in paths.walk(params).items() if stacks[name] & chosen}
-  packed = [
-    sorted(stacks[n] & chosen, key=paths.natural)[0] for n, x in flat.items() if leaves.is_leaf(x)
-  ]
-  if packed:
-    raise ValueError(
-      f"{packed[0]}: a compressed leaf has no gradient; take Fisher before compressing"
-    )
-  rest = {name: x for name, x in paths.walk(params).items() if name not in flat}
-  loss = _loss(model.spec)
-  total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), flat)
-  count = 0
-  for tokens in batches:
-    total = stats.add_squared_gradients(total, flat, jnp.asarray(tokens), rest, loss=loss)
-    count += len(tokens)
-  if not count:
-    raise ValueError("Fisher information needs at least one example and there was none")
-  return TreeView(paths.nest(total), lambda x: x / count)
-
-
-def embed(model: model_lib.Model, tokens: np.ndarray) -> jax.Array:
-  """Embed a batch of tokens.
-
-  Args:
-    model: the model.
-    tokens: (batch, length).
-
-  Returns:
-    The input of the first block.
-  """
-  outer = {k: v for k, v in model.params.items() if k == "embed"}
-  return _embed(model.spec, meshes.to_auto(outer), jnp.asarray(tokens))
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "pairs"))
-def _through(
-  spec: Any, params: Any, index: Any, h: jax.Array, layer: jax.Array, pairs: tuple, states: Any
-) -> tuple[jax.Array, Any]:
-  if index is not None:
-    params = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), params)
-  out, seen = models.block(spec, params, h, layer=layer, observe=_observer(pairs))
-  return out, _merge(pairs, states, seen)
-
-
-def through_block(
-  spec: Any,
-  params: Any,
-  h: jax.Array,
-  layer: int,
-  pairs: Sequence[tuple[str, str]],
-  states: Any,
-  *,
-  index: int | None = None,
-) -> tuple[jax.Array, Any]:
-  """Run one block and add what its taps saw to the running statistics.
-
-  Args:
-    spec: architecture.
-    params: the layer's leaves, or a segment's stacked ones with `index`.
-    h: the block's input.
-    layer: which layer.
-    pairs: (fold, tap) to observe.
-    states: running statistics, or None.
-    index: the layer's place in the segment.
-
-  Returns:
-    (the block's output, statistics).
-  """
-  flat = None if states is None else tuple(states[p] for p in pairs)
-  where = None if index is None else jnp.int32(index)
-  params = meshes.to_auto(params)
-  h, flat = _through(spec, params, where, h, jnp.int32(layer), tuple(pairs), flat)
-  return h, dict(zip(pairs, flat, strict=True))
-
-
-def at_head(
-  spec: Any, params: Any, h: jax.Array, pairs: Sequence[tuple[str, str]], states: Any
-) -> Any:
-  """Add what the head's taps see to the running statistics.
-
-  Args:
-    spec: architecture.
-    params: all parameters; the layers are not read.
-    h: the last block's output.
-    pairs: (fold, tap) to observe.
-    states: running statistics, or None.
-
-  Returns:
-    Statistics.
-  """
-  outer = meshes.to_auto({k: v for k, v in params.items() if k != "layers"})
-  flat = None if states is None else tuple(states[p] for p in pairs)
-  flat = _head(spec, outer, h, tuple(pairs), flat)
-  return dict(zip(pairs, flat, strict=True))
-
-
-@functools.partial(jax.jit, static_argnames="spec")
-def _embed(spec: Any, params: Any, tokens: jax.Array) -> jax.Array:
-  return models.embed(spec, params, tokens)
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "pairs"))
-def _head(spec: Any, params: Any, h: jax.Array, pairs: tuple, states: Any) -> Any:
-  seen: dict[str, Any] = {}
-  observer = _observer(pairs)
-
-  def observe(name: str, x: jax.Array) -> None:
-    seen[name] = observer(name, x)
-
-  models.head(spec, params, h, observe=observe)
-  return _merge(pairs, states, seen)
-
-
-def _observer(pairs: tuple[tuple[str, str], ...]) -> Callable[[str, jax.Array], Any]:
-  def observe(name: str, x: jax.Array) -> Any:
-    folds = [f for f, tap in pairs if tap == name]
-    if not folds:
-      return None
-    flat = x.reshape(-1, x.shape[-1])
-    return {f: stats.FOLDS[f].update(stats.FOLDS[f].init(x.shape[-1]), flat) for f in folds}
-
-  return observe
-
-
-def _merge(pairs: tuple[tuple[str, str], ...], states: Any, seen: Mapping[str, Any]) -> tuple:
-  absent = sorted({tap for _, tap in pairs} - set(seen))
-  if absent:
-    raise ValueError(
-      f"the forward pass has no tap {absent[0]!r}, so no statistic can be taken there"
-    )
-  new = tuple(seen[tap][fold] for fold, tap in pairs)
-  if states is None:
-    return new
-  return tuple(stats.FOLDS[f].merge(s, n) for (f, _), s, n in zip(pairs, states, new, strict=True))
-
-
-@functools.lru_cache(maxsize=32)
-def _loss(spec: Any) -> Callable[..., jax.Array]:
-  def loss(flat: Any, tokens: jax.Array, rest: Any) -> jax.Array:
-    params = paths.nest({**rest, **flat})
-    logits = models.forward(spec, params, tokens[:, :-1]).logits
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-  return loss

@@ -19,7 +19,7 @@ import numpy as np
 
 from treesurgeon.core import lineage, meshes, needs, paths, step
 from treesurgeon.core import model as model_lib
-from treesurgeon.run import collect, progress
+from treesurgeon.run import collect, progress, statistics
 
 
 @runtime_checkable
@@ -269,12 +269,12 @@ def _blockwise(
   for name, need in one.needs.items():
     if isinstance(need, needs.Statistic):
       if need.fold == "fisher":
-        given[name] = collect.fisher(model, materials.batches, select=need.select)
+        given[name] = statistics.fisher(model, materials.batches, select=need.select)
         taps.pop(name)
     else:
       given[name] = collect.brought(one, need, model, materials)
-  want = collect.wanted(taps, names)
-  per_layer = collect.by_layer(want)
+  want = statistics.wanted(taps, names)
+  per_layer = statistics.by_layer(want)
   batches = list(materials.batches) if want else []
   last = paths.num_layers(model.params) if -1 in per_layer else max(per_layer, default=-1)
   aux = dict(model.aux)
@@ -282,8 +282,8 @@ def _blockwise(
   def change(part: Mapping[str, Any], states: Mapping[int, Any], layer: int) -> dict[str, Any]:
     if not part:
       return {}
-    mine = {k: v for k, v in want.items() if collect.layer_of(k[1]) == layer}
-    seen = collect.covered(mine, states)
+    mine = {k: v for k, v in want.items() if statistics.layer_of(k[1]) == layer}
+    seen = statistics.covered(mine, states)
     evidence = dict(given)
     for name, need in taps.items():
       evidence[name] = {a: s for (fold, a), s in seen.items() if fold == need.fold}
@@ -294,24 +294,24 @@ def _blockwise(
 
   early = {a: model.leaf(a) for a in names if a in chosen and a.startswith("embed/")}
   model = model.update(change(early, {}, -2))
-  hidden = [collect.embed(model, b) for b in batches]
+  hidden = [statistics.embed(model, b) for b in batches]
   changes: dict[str, Any] = {}
   for layer, place, tree in progress.track(_by_layer(model.params), "blocks"):
     part = {f"layers/{layer}/{s}": paths.take(x, place) for s, x in paths.walk(tree).items()}
     pairs, states = per_layer.get(layer, ()), None
     for h in hidden if pairs else ():
-      _, states = collect.through_block(model.spec, tree, h, layer, pairs, states, index=place)
+      _, states = statistics.through_block(model.spec, tree, h, layer, pairs, states, index=place)
     new = change({a: x for a, x in part.items() if a in chosen}, {layer: states}, layer)
     changes.update(new)
     if layer >= last:
       continue  # nobody asks what comes out
     nested = paths.nest({a.split("/", 2)[2]: new.get(a, x) for a, x in part.items()})
     for n, h in enumerate(hidden):
-      hidden[n], _ = collect.through_block(model.spec, nested, h, layer, (), None)
+      hidden[n], _ = statistics.through_block(model.spec, nested, h, layer, (), None)
   model = model.update(changes)
   states = None
   for h in hidden if -1 in per_layer else ():
-    states = collect.at_head(model.spec, model.params, h, per_layer[-1], states)
+    states = statistics.at_head(model.spec, model.params, h, per_layer[-1], states)
   late = {
     a: model.leaf(a) for a in names if a in chosen and not a.startswith(("embed/", "layers/"))
   }
@@ -321,7 +321,7 @@ def _blockwise(
 def _refuse_torn(one: step.Step, units: step.Units) -> None:
   """Refuse a unit that does not lie within one block, the embeddings, or what follows."""
   for unit in units:
-    places = {-2 if a.startswith("embed/") else collect.layer_of(a) for a in unit}
+    places = {-2 if a.startswith("embed/") else statistics.layer_of(a) for a in unit}
     if len(places) > 1:
       raise ValueError(
         f"{one!r} changes {unit[0]} together with {unit[-1]}, which lies in another block; use "

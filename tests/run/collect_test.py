@@ -7,7 +7,7 @@ import pytest
 
 from treesurgeon import models, registry
 from treesurgeon.core import model, needs, paths, step
-from treesurgeon.run import collect
+from treesurgeon.run import collect, statistics
 
 SPEC = models.Spec(vocab_size=19, d_model=8, num_layers=3, num_heads=2, d_ff=12, max_positions=16)
 ENCODER = models.Spec(
@@ -51,7 +51,7 @@ def test_statistics_are_those_of_a_whole_forward_pass(address):
     "top": needs.Statistic("absmax", address),
   }
   found = collect.evidence(needing(**wants), m, collect.Materials(batches=TEXT))
-  x = seen_by_a_whole_pass(m, models.tap_of(address))[collect.layer_of(address)]
+  x = seen_by_a_whole_pass(m, models.tap_of(address))[statistics.layer_of(address)]
   assert found["h"][address].count == len(x) == 48
   np.testing.assert_allclose(found["h"][address].moment, x.T @ x, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(found["top"][address].value, np.abs(x).max(0), rtol=1e-5)
@@ -80,7 +80,7 @@ def test_statistics_see_compressed_and_split_layers():
 
 def test_fisher_is_the_mean_squared_gradient_of_single_examples():
   m = make()
-  found = collect.fisher(m, TEXT)
+  found = statistics.fisher(m, TEXT)
 
   def loss(params, row):
     logits = models.forward(m.spec, params, row[None, :-1]).logits
@@ -101,21 +101,21 @@ def test_fisher_of_some_leaves_leaves_the_others_out():
   m = make()
   (one,) = registry.parse("compress.quantize.rtn(select='.*/attn/.*')")
   mixed = one.apply(m, {}, jax.random.key(0))
-  found = collect.fisher(mixed, TEXT, select="layers/./mlp/up/kernel")
+  found = statistics.fisher(mixed, TEXT, select="layers/./mlp/up/kernel")
   assert list(found) == [f"layers/{i}/mlp/up/kernel" for i in range(3)]
   with pytest.raises(ValueError, match="layers/0/attn/./kernel: a compressed leaf has no gradient"):
-    collect.fisher(mixed, TEXT)
+    statistics.fisher(mixed, TEXT)
   with pytest.raises(ValueError, match="at least one example"):
-    collect.fisher(m, [])
+    statistics.fisher(m, [])
 
 
 def test_nothing_compiles_for_another_layer_or_batch():
   m = make()
   wants = needing(h=needs.Statistic("second_moment"))
   collect.evidence(wants, m, collect.Materials(batches=TEXT[:2]))
-  size = collect._through._cache_size()
+  size = statistics._through._cache_size()
   collect.evidence(wants, m, collect.Materials(batches=[*TEXT[:2], *TEXT[:2]]))
-  assert collect._through._cache_size() == size
+  assert statistics._through._cache_size() == size
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_a_tap_that_collected_nothing_is_named():
   with pytest.raises(
     ValueError, match="layers/0/mlp/up/kernel: the tap 'mlp/in' collected nothing"
   ):
-    collect.tap_statistics(make(), want, [])
+    statistics.tap_statistics(make(), want, [])
 
 
 def test_a_tap_outside_the_forward_pass_is_named():

@@ -8,7 +8,7 @@ import pytest
 
 from treesurgeon import models, registry
 from treesurgeon.core import leaves, lineage, model, needs, paths, step
-from treesurgeon.run import collect, drivers, replay
+from treesurgeon.run import collect, drivers, replay, statistics
 
 SPEC = models.Spec(vocab_size=19, d_model=8, num_layers=3, num_heads=2, d_ff=16, max_positions=16)
 TIED = dataclasses.replace(SPEC, tied=True)
@@ -154,9 +154,9 @@ def test_blockwise_compiles_as_much_for_six_layers_as_for_three():
   sizes = []
   for layers in (3, 6):
     m = make(dataclasses.replace(SPEC, num_layers=layers, d_ff=24))
-    collect._through.clear_cache()
+    statistics._through.clear_cache()
     drivers.run_blockwise(scale(), m, materials())
-    sizes.append(collect._through._cache_size())
+    sizes.append(statistics._through._cache_size())
   # With statistics, empty and not, and without; no input of a last block is computed in vain.
   assert sizes == [3, 3]
 
