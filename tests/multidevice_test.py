@@ -33,7 +33,12 @@ def load_table():
 def report(tmp_path_factory):
   """Runs all cases in a process with eight devices; returns case to what went wrong."""
   out = tmp_path_factory.mktemp("multidevice") / "report.json"
-  flags = "--xla_force_host_platform_device_count=8"
+  # Eight devices share few cores: on a busy machine a collective waits for long.
+  flags = (
+    "--xla_force_host_platform_device_count=8 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=1200 "
+    "--xla_cpu_collective_timeout_seconds=1200"
+  )
   env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
   done = subprocess.run(
     [sys.executable, "-P", "-W", "error", str(HERE), str(out)],
@@ -58,6 +63,9 @@ def test_sharded_equals_unsharded(report, kind):
 def main(out):
   """Runs every row on both kinds of mesh and writes the report."""
   import jax
+
+  # Two programs in flight would each hold threads that the other's collectives wait for.
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
 
   jax.config.update("jax_numpy_rank_promotion", "raise")
   assert len(jax.devices()) == 8
