@@ -45,6 +45,20 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+@pytest.fixture(scope="session")
+def eight_devices() -> dict[str, str]:
+  """The environment of a process with eight virtual CPU devices."""
+  flags = (
+    "--xla_force_host_platform_device_count=8",
+    # They share few cores: on a busy machine a collective waits for long.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
+    "--xla_cpu_collective_timeout_seconds=1200",
+  )
+  # Two programs in flight would each hold threads that the other's collectives wait for.
+  more = {"JAX_PLATFORMS": "cpu", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0"}
+  return {**os.environ, "XLA_FLAGS": " ".join(flags), **more}
+
+
 def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
   """Leaves out tests/peers, which needs its own environment, unless it was named."""
   return True if collection_path == PEERS and not names_peers(config) else None

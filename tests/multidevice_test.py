@@ -7,7 +7,6 @@ file as a script) and the tests read its report.
 
 import importlib.util
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -30,19 +29,12 @@ def load_table():
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def report(tmp_path_factory, eight_devices):
   """Runs all cases in a process with eight devices; returns case to what went wrong."""
   out = tmp_path_factory.mktemp("multidevice") / "report.json"
-  # Eight devices share few cores: on a busy machine a collective waits for long.
-  flags = (
-    "--xla_force_host_platform_device_count=8 "
-    "--xla_cpu_collective_call_terminate_timeout_seconds=1200 "
-    "--xla_cpu_collective_timeout_seconds=1200"
-  )
-  env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
   done = subprocess.run(
     [sys.executable, "-P", "-W", "error", str(HERE), str(out)],
-    env=env,
+    env=eight_devices,
     capture_output=True,
     text=True,
     check=False,
@@ -63,9 +55,6 @@ def test_sharded_equals_unsharded(report, kind):
 def main(out):
   """Runs every row on both kinds of mesh and writes the report."""
   import jax
-
-  # Two programs in flight would each hold threads that the other's collectives wait for.
-  jax.config.update("jax_cpu_enable_async_dispatch", False)
 
   jax.config.update("jax_numpy_rank_promotion", "raise")
   assert len(jax.devices()) == 8

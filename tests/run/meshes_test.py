@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The drivers on meshes of eight virtual devices, in a process of their own."""
 
-import os
 import subprocess
 import sys
 
@@ -55,9 +54,7 @@ np.testing.assert_array_equal(whole.codes, split.codes)
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_drivers_do_on_a_mesh_what_they_do_on_one_device(kind):
-  flags = "--xla_force_host_platform_device_count=8"
-  env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+def test_drivers_do_on_a_mesh_what_they_do_on_one_device(kind, eight_devices):
   command = [sys.executable, "-P", "-W", "error", "-c", SCRIPT, kind]
-  done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+  done = subprocess.run(command, env=eight_devices, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr[-3000:]
