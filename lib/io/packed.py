@@ -123,7 +123,9 @@ def build(
   """
   try:
     leaf = leaves.from_parts(meta, arrays)
-    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype)), leaf)
+    structs = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), leaf
+    )
     flat, structure = jax.tree.flatten(structs)
     found = _dense_shape(structure, tuple(flat))
   except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:

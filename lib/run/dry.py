@@ -72,4 +72,4 @@ def _evidence(need: needs.Need, model: model_lib.Model, names: list[str], donors
 
 
 def _bare(x: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype)
+  return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
