@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from treesurgeon.core import leaves
 
@@ -118,6 +117,7 @@ def build(
     ValueError: naming the leaf and what does not fit.
 
   Example:
+    >>> import numpy as np
     >>> build({}, {"": np.zeros(3)}, shape=(3,), where="w").shape
     (3,)
   """
