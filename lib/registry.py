@@ -70,7 +70,7 @@ TABLE: dict[str, Entry] = {
     factory="treesurgeon.compress.quantize.rtn:rtn",
     paper="Nagel et al., A white paper on neural network quantization, 2021, arXiv 2106.08295",
     oracle="tests/compress/quantize/rtn_test.py",
-    note="codes agree with compressed-tensors'",
+    note="scales by the rule of compressed-tensors",
   ),
   "edit.rome": Entry(
     factory="treesurgeon.edit.rome:rome",

@@ -20,6 +20,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
+RESIDENT = 32 << 20  # bytes of a file that are kept in memory once read
+
 
 class Tensors(Mapping[str, np.ndarray]):
   """Name to tensor over one or more files; `tensors[name]` is a view into the file.
@@ -200,8 +202,15 @@ class _File:
       data_bytes = size - self.start
       self.infos = header.parse(file.read(length), data_bytes=data_bytes, file=str(path))
       self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    self._resident = 0
 
   def view(self, info: header.Info) -> np.ndarray:
+    # Pages read stay resident until told otherwise, and a stream through a large file would hold
+    # all of it. Views stay valid: what is touched again comes back from the file.
+    if self._resident > RESIDENT and hasattr(mmap, "MADV_DONTNEED"):
+      self.map.madvise(mmap.MADV_DONTNEED)
+      self._resident = 0
+    self._resident += info.stop - info.start
     count = (info.stop - info.start) // info.dtype.itemsize
     flat = np.frombuffer(self.map, info.dtype, count, self.start + info.start)
     return flat.reshape(info.shape)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import pathlib
 import re
 import tempfile
 
@@ -263,3 +264,17 @@ def test_transposed_copies(rows, cols):
   out = np.empty((cols, rows), x.dtype)
   blocks.copy(out, x.T)
   same(out, np.ascontiguousarray(x.T))
+
+
+def test_what_was_read_does_not_stay_in_memory(tmp_path, monkeypatch):
+  monkeypatch.setattr(safetensors, "RESIDENT", 1 << 20)
+  arrays = {f"w{i}": np.full(1 << 20, i, np.uint8) for i in range(16)}
+  peer.save_file(arrays, tmp_path / "model.safetensors")
+  tensors = safetensors.open_file(tmp_path / "model.safetensors")
+  views = {name: tensors[name] for name in arrays}
+  for name, x in arrays.items():
+    np.testing.assert_array_equal(tensors[name], x)
+  pages = pathlib.Path("/proc/self/smaps").read_text().split(str(tmp_path))[1]
+  resident = int(pages.split("Rss:")[1].split()[0]) * 1024
+  assert resident <= 4 << 20
+  np.testing.assert_array_equal(views["w0"], arrays["w0"])
