@@ -14,7 +14,7 @@ al., 2022).
 Cost: seven to ten minutes on two CPU cores. Command:
 python -P -m treesurgeon.experiments.run --config=configs/quickstart.py --workdir=runs/quickstart
 
-Variants: `configs/quickstart.py:smoke` runs every stage at toy size in about a minute.
+Variants: `configs/quickstart.py:smoke` runs every stage at toy size, about two CPU minutes.
 """
 
 import ml_collections
