@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 
-from treesurgeon.core import leaves, literals, model, paths, programs
+from treesurgeon.core import leaves, literals, model, paths, programs, varied
 from treesurgeon.core import needs as needs_lib
 
 compiled = programs.compiled
@@ -181,6 +182,8 @@ def over_leaves(
   fn: Callable[..., Any],
   *,
   hyper: Mapping[str, Any],
+  knobs: Mapping[str, Any] | None = None,
+  check: Callable[..., None] | None = None,
   select: str | None = None,
   default: str = BLOCK_KERNELS,
   domain: str = KERNELS,
@@ -192,13 +195,18 @@ def over_leaves(
   """Lift an array function to a step that changes every selected leaf by itself.
 
   The function is compiled once for each shape and set of hyper-parameters, and wrapped so
-  that it need not know about meshes.
+  that it need not know about meshes. Values of `knobs` are data to the compiled program, so that a
+  sweep or a gradient over layers compiles once; shapes must not depend on them. In both, rules
+  of `varied` are looked up for each leaf.
 
   Args:
     fn: `fn(w, **evidence, **hyper)` -> array or compressed leaf; the evidence is this leaf's. With
       `random` it also receives `key`, which depends on the address alone. Defined at the top of
       a module, for programs are kept by it.
     hyper: keyword arguments of `fn`, hashable.
+    knobs: further keyword arguments, numbers or tuples of numbers; None stays None.
+    check: called with the number of donors and all of a leaf's hyper-parameters as plain Python
+      before its program runs; raises ValueError for what `fn` cannot see in traced values.
     select: which addresses, a regular expression; None means `default`.
     default: the selection when the user names none.
     domain: what the method can work on at all, whatever the selection.
@@ -219,7 +227,7 @@ def over_leaves(
   chosen = default if select is None else select
   pattern = both(chosen, domain)
   wants = dict(wants or {})
-  call = compiled(fn, tuple(sorted(hyper.items())))
+  knobs = dict(knobs or {})
 
   def apply(m: model.Model, evidence: needs_lib.Evidence, key: jax.Array) -> model.Model:
     changes = {}
@@ -228,14 +236,19 @@ def over_leaves(
         continue
       w = m.leaf(address)
       given = {name: evidence[name][address] for name in wants}
+      static = {name: varied.at(v, address) for name, v in hyper.items()}
+      turned = {name: varied.at(v, address) for name, v in knobs.items()}
       for name, need in wants.items():
         if isinstance(need, needs_lib.Donors):
           check_donors(address, w, given[name])
+      if check is not None:
+        check(_donor_count(wants, given), **static, **turned)
       if not raw:
         w, given = leaves.map_leaves(leaves.dense, (w, given))
       if random:
         given["key"] = leaf_key(key, address)
-      changes[address] = call(w, given)
+      given.update(jax.tree.map(np.float32, turned))
+      changes[address] = compiled(fn, tuple(sorted(static.items())))(w, given)
     return m.update(changes)
 
   def units(names: Sequence[str]) -> Units:
@@ -244,7 +257,8 @@ def over_leaves(
 
   def reselect(narrower: str) -> Step:
     return over_leaves(
-      fn, hyper=hyper, select=narrower if select is None else both(select, narrower),
+      fn, hyper=hyper, knobs=knobs, check=check,
+      select=narrower if select is None else both(select, narrower),
       default=default, domain=domain, wants=wants, random=random, raw=raw, scope=scope,
     )  # fmt: skip
 
@@ -256,6 +270,7 @@ def over_groups(
   *,
   groups: str,
   hyper: Mapping[str, Any],
+  knobs: Mapping[str, Any] | None = None,
   wants: Mapping[str, needs_lib.Need] | None = None,
   select: str = ".*",
   random: bool = False,
@@ -268,6 +283,7 @@ def over_groups(
     groups: regular expression over addresses with the named groups `group` and `role`; the
       addresses that agree in `group` are handed over together.
     hyper: keyword arguments of `fn`, hashable.
+    knobs: further keyword arguments, numbers or tuples of numbers, data to the compiled program.
     wants: evidence by name.
     select: regular expression; a group is changed if it matches all the group's addresses, and
       must not match some of them only.
@@ -286,6 +302,7 @@ def over_groups(
   """
   call = compiled(fn, tuple(sorted(hyper.items())))
   wants = dict(wants or {})
+  turned = jax.tree.map(np.float32, dict(knobs or {}))
 
   def gather(names: Sequence[str]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
@@ -313,7 +330,7 @@ def over_groups(
       w, given = leaves.map_leaves(leaves.dense, (w, given))
       if random:
         given["key"] = leaf_key(key, group)
-      out = call(w, given)
+      out = call(w, {**given, **turned})
       changes.update({roles[r]: leaf for r, leaf in out.items()})
     return m.update(changes)
 
@@ -324,8 +341,8 @@ def over_groups(
 
   def reselect(narrower: str) -> Step:
     return over_groups(
-      fn, groups=groups, hyper=hyper, wants=wants, select=both(select, narrower), random=random,
-      scope=scope,
+      fn, groups=groups, hyper=hyper, knobs=knobs, wants=wants, select=both(select, narrower),
+      random=random, scope=scope,
     )  # fmt: skip
 
   return Step(_aim(wants, both(groups, select)), apply, scope, {}, units, reselect)
@@ -453,6 +470,10 @@ def both(a: str, b: str) -> str:
     (True, False)
   """
   return a if a == b else rf"(?=(?:{a})\Z)(?:{b})"
+
+
+def _donor_count(wants: Mapping[str, needs_lib.Need], given: Mapping[str, Any]) -> int:
+  return sum(len(given[n]) for n, need in wants.items() if isinstance(need, needs_lib.Donors))
 
 
 def _aim(wants: Mapping[str, needs_lib.Need], pattern: str) -> dict[str, needs_lib.Need]:

@@ -12,9 +12,10 @@ dense and come back dense. Neutral at weights (1, 0, ...).
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step
+from treesurgeon.core import needs, step, varied
 from treesurgeon.merge import weights as weights_lib
 
 
@@ -22,7 +23,7 @@ def average(
   w: Float[Array, "*shape"],
   donors: tuple[Float[Array, "*shape"], ...],
   *,
-  weights: tuple[float, ...] | None = None,
+  weights: Sequence[ArrayLike] | None = None,
   normalize: bool = True,
 ) -> Float[Array, "*shape"]:
   """Average an array with its counterparts: Σ w_i θ_i, divided by Σ w_i.
@@ -37,7 +38,7 @@ def average(
     The average, in the dtype of `w`.
 
   Raises:
-    ValueError: if the number of weights is wrong, or they sum to zero under `normalize`.
+    ValueError: if the number of weights is wrong.
 
   Example:
     >>> average(jnp.zeros(2), (jnp.ones(2),), weights=(1.0, 3.0)).tolist()
@@ -46,8 +47,6 @@ def average(
   arrays = (w, *donors)
   weight = weights_lib.resolve(weights, len(arrays), of="models (the base, then its donors)")
   divisor = sum(weight)
-  if normalize and abs(divisor) < 1e-8:
-    raise ValueError(f"weights={weight} sum to zero, so they cannot be normalized")
   total = jnp.asarray(sum(c * x.astype(jnp.float32) for c, x in zip(weight, arrays, strict=True)))
   return (total / divisor if normalize else total).astype(w.dtype)
 
@@ -56,7 +55,7 @@ def average(
 def linear(
   *,
   models: Sequence[str] = (),
-  weights: Sequence[float] | None = None,
+  weights: Sequence[varied.Varied] | None = None,
   normalize: bool = True,
   select: str | None = None,
 ) -> step.Step:
@@ -70,7 +69,8 @@ def linear(
     select: regular expression over addresses; None means every leaf.
 
   Returns:
-    A transform; applying it raises ValueError if the number of weights or a donor's shape is wrong.
+    A transform; applying it raises ValueError if the number of weights or a donor's shape is
+    wrong, or weights to be normalized sum to zero.
 
   Example:
     >>> linear(weights=(0.5, 0.25, 0.25))
@@ -81,9 +81,17 @@ def linear(
   """
   return step.over_leaves(
     average,
-    hyper={"weights": weights_lib.freeze(weights), "normalize": normalize},
+    hyper={"normalize": normalize},
+    knobs={"weights": weights},
+    check=_check,
     select=select,
     default=".*",
     domain=".*",
     wants={"donors": needs.Donors(tuple(models))},
   )
+
+
+def _check(donors: int, *, weights: tuple[float, ...] | None, normalize: bool) -> None:
+  weight = weights_lib.resolve(weights, donors + 1, of="models (the base, then its donors)")
+  if normalize and abs(sum(weight)) < 1e-8:
+    raise ValueError(f"weights={weight} sum to zero, so they cannot be normalized")

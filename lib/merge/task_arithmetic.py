@@ -9,9 +9,10 @@ in float32, returned in the storage dtype; compressed leaves come back dense. Ne
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step
+from treesurgeon.core import needs, step, varied
 from treesurgeon.merge import weights as weights_lib
 
 
@@ -19,8 +20,8 @@ def add_task_vectors(
   w: Float[Array, "*shape"],
   donors: tuple[Float[Array, "*shape"], ...],
   *,
-  weights: tuple[float, ...] | None = None,
-  lam: float = 1.0,
+  weights: Sequence[ArrayLike] | None = None,
+  lam: ArrayLike = 1.0,
   normalize: bool = False,
 ) -> Float[Array, "*shape"]:
   """Add the weighted sum of the donors' differences to an array.
@@ -42,9 +43,9 @@ def add_task_vectors(
   weight = weights_lib.resolve(weights, len(donors), of="donors")
   base = w.astype(jnp.float32)
   total = sum(c * (x.astype(jnp.float32) - base) for c, x in zip(weight, donors, strict=True))
-  divisor = sum(weight)
-  if normalize and abs(divisor) >= 1e-8:
-    total = total / divisor
+  if normalize:
+    divisor = jnp.asarray(sum(weight), jnp.float32)
+    total = total / jnp.where(jnp.abs(divisor) < 1e-8, 1.0, divisor)
   return (base + lam * total).astype(w.dtype)
 
 
@@ -52,8 +53,8 @@ def add_task_vectors(
 def task_arithmetic(
   *,
   models: Sequence[str] = (),
-  weights: Sequence[float] | None = None,
-  lam: float = 1.0,
+  weights: Sequence[varied.Varied] | None = None,
+  lam: varied.Varied = 1.0,
   normalize: bool = False,
   select: str | None = None,
 ) -> step.Step:
@@ -78,7 +79,9 @@ def task_arithmetic(
   """
   return step.over_leaves(
     add_task_vectors,
-    hyper={"weights": weights_lib.freeze(weights), "lam": lam, "normalize": normalize},
+    hyper={"normalize": normalize},
+    knobs={"weights": weights, "lam": lam},
+    check=weights_lib.check,
     select=select,
     default=".*",
     domain=".*",

@@ -19,9 +19,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import leaves, model, needs, paths, step
+from treesurgeon.core import leaves, model, needs, paths, step, varied
 from treesurgeon.merge import trim
 from treesurgeon.merge import weights as weights_lib
 
@@ -34,9 +35,9 @@ def trim_elect_merge(
   donors: tuple[Float[Array, "*shape"], ...],
   cuts: Cuts | None = None,
   *,
-  weights: tuple[float, ...] | None = None,
+  weights: Sequence[ArrayLike] | None = None,
   density: float | tuple[float, ...] = 0.2,
-  lam: float = 1.0,
+  lam: ArrayLike = 1.0,
   normalize: bool = True,
 ) -> Float[Array, "*shape"]:
   """Merge arrays by TIES.
@@ -117,9 +118,9 @@ def global_cuts(
 def ties(
   *,
   models: Sequence[str] = (),
-  weights: Sequence[float] | None = None,
-  density: float | Sequence[float] = 0.2,
-  lam: float = 1.0,
+  weights: Sequence[varied.Varied] | None = None,
+  density: varied.Varied | Sequence[varied.Varied] = 0.2,
+  lam: varied.Varied = 1.0,
   normalize: bool = True,
   granularity: str = "tensor",
   select: str | None = None,
@@ -150,26 +151,31 @@ def ties(
   """
   if granularity not in GRANULARITIES:
     raise ValueError(f"granularity={granularity!r}; valid: {', '.join(GRANULARITIES)}")
-  frozen = tuple(density) if isinstance(density, Sequence) else density
-  for share in frozen if isinstance(frozen, tuple) else (frozen,):
-    if not 0 <= share <= 1:
-      raise ValueError(f"density={density} must lie between 0 and 1")
-  hyper = {"weights": weights_lib.freeze(weights), "lam": lam, "normalize": normalize}
+  if not all(0 <= share <= 1 for share in varied.values(density)):
+    raise ValueError(f"density={density} must lie between 0 and 1")
+  knobs = {"weights": weights, "lam": lam}
   wants: dict[str, needs.Need] = {"donors": needs.Donors(tuple(models))}
   if granularity == "tensor":
     return step.over_leaves(
       trim_elect_merge,
-      hyper=hyper | {"density": frozen},
+      hyper={"normalize": normalize, "density": density},
+      knobs=knobs,
+      check=weights_lib.check,
       select=select,
       default=".*",
       domain=".*",
       wants=wants,
     )
-  return _over_model(hyper, frozen, select or ".*", wants)
+  if any(varied.is_rules(d) for d in (density, *(density if isinstance(density, tuple) else ()))):
+    raise ValueError(
+      "granularity='global' trims the model as one vector: density cannot vary in it"
+    )
+  return _over_model(normalize, knobs, density, select or ".*", wants)
 
 
 def _over_model(
-  hyper: Mapping[str, Any],
+  normalize: bool,
+  knobs: Mapping[str, Any],
   density: float | tuple[float, ...],
   pattern: str,
   wants: Mapping[str, needs.Need],
@@ -177,7 +183,9 @@ def _over_model(
   """Cut all leaves first, then merge each by itself with its cut as evidence."""
   each = step.over_leaves(
     trim_elect_merge,
-    hyper=hyper,
+    hyper={"normalize": normalize},
+    knobs=knobs,
+    check=weights_lib.check,
     select=pattern,
     domain=".*",
     wants={**wants, "cuts": needs.Statistic("cuts")},
@@ -202,7 +210,7 @@ def _over_model(
     "model",
     {},
     units,
-    lambda narrower: _over_model(hyper, density, step.both(pattern, narrower), wants),
+    lambda narrower: _over_model(normalize, knobs, density, step.both(pattern, narrower), wants),
   )
 
 

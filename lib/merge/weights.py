@@ -3,18 +3,19 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 
-def resolve(weights: Sequence[float] | None, count: int, *, of: str) -> tuple[float, ...]:
+def resolve(weights: Sequence[Any] | None, count: int, *, of: str) -> tuple[Any, ...]:
   """Fill in and check a merge's weights.
 
   Args:
-    weights: one number a model, of any sign, or None for ones.
+    weights: one number a model, of any sign, or None for ones; numbers may be traced.
     count: number of models.
     of: whose weights they are, for the message.
 
   Returns:
-    `count` floats.
+    `count` numbers.
 
   Raises:
     ValueError: for a wrong number of weights, or one that is not finite.
@@ -29,22 +30,25 @@ def resolve(weights: Sequence[float] | None, count: int, *, of: str) -> tuple[fl
     return (1.0,) * count
   if len(weights) != count:
     raise ValueError(f"weights={tuple(weights)} has {len(weights)} entries for {count} {of}")
-  if not all(math.isfinite(w) for w in weights):
+  plain = [w for w in weights if isinstance(w, int | float)]
+  if not all(math.isfinite(w) for w in plain):
     raise ValueError(f"weights={tuple(weights)} must be finite numbers")
-  return tuple(float(w) for w in weights)
+  return tuple(float(w) if isinstance(w, int | float) else w for w in weights)
 
 
-def freeze(values: Sequence[float] | float | None) -> tuple[float, ...] | float | None:
-  """Make a list of numbers hashable, so that it can key a compiled program.
+def check(donors: int, *, weights: Sequence[float] | None, **rest: Any) -> None:
+  """Check weights of donors as plain numbers, before they are traced; for `step.over_leaves`.
 
   Args:
-    values: numbers, one number, or None.
+    donors: number of donors.
+    weights: one number a donor, or None.
+    **rest: other hyper-parameters, not looked at.
 
-  Returns:
-    A tuple in place of a list.
+  Raises:
+    ValueError: as `resolve`.
 
   Example:
-    >>> freeze([0.5, 0.5]), freeze(1.0)
-    ((0.5, 0.5), 1.0)
+    >>> check(2, weights=(0.5, 0.5))
   """
-  return tuple(values) if isinstance(values, Sequence) else values
+  del rest
+  resolve(weights, donors, of="donors")

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from treesurgeon.core import model
 from treesurgeon.merge import linear
+from treesurgeon.run import collect, drivers
 
 RNG = np.random.default_rng(0)
 
@@ -35,8 +37,9 @@ def test_storage_dtype():
 
 
 def test_mistakes_are_named():
+  base, donor = (model.Model(None, {"w": jnp.full(1, x)}) for x in (1.0, 2.0))
   with pytest.raises(ValueError, match=r"weights=\(1.0, -1.0\) sum to zero"):
-    linear.average(jnp.ones(1), (jnp.ones(1),), weights=(1.0, -1.0))
+    drivers.run(linear.linear(weights=(1.0, -1.0)), base, collect.Materials(donors=[donor]))
   with pytest.raises(ValueError, match=r"has 1 entries for 2 models \(the base, then its donors\)"):
     linear.average(jnp.ones(1), (jnp.ones(1),), weights=(1.0,))
   with pytest.raises(ValueError, match="must be finite"):

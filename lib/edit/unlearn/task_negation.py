@@ -12,13 +12,14 @@ scale=0.
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step
+from treesurgeon.core import needs, step, varied
 
 
 def subtract_task_vectors(
-  w: Float[Array, "*shape"], donors: tuple[Float[Array, "*shape"], ...], *, scale: float = 1.0
+  w: Float[Array, "*shape"], donors: tuple[Float[Array, "*shape"], ...], *, scale: ArrayLike = 1.0
 ) -> Float[Array, "*shape"]:
   """Subtract the donors' differences from an array.
 
@@ -41,7 +42,7 @@ def subtract_task_vectors(
 
 @step.method("edit.unlearn.task_negation")
 def task_negation(
-  *, models: Sequence[str] = (), scale: float = 1.0, select: str | None = None
+  *, models: Sequence[str] = (), scale: varied.Varied = 1.0, select: str | None = None
 ) -> step.Step:
   """Forget what donors were fine-tuned on, by subtracting their task vectors.
 
@@ -62,7 +63,8 @@ def task_negation(
   """
   return step.over_leaves(
     subtract_task_vectors,
-    hyper={"scale": scale},
+    hyper={},
+    knobs={"scale": scale},
     select=select,
     default=".*",
     domain=".*",
