@@ -3,6 +3,7 @@
 
 from treesurgeon.models.decoder import Output, embed, forward, head
 from treesurgeon.models.generation import extend, generate, init_cache
+from treesurgeon.models.losses import entropy, nll, predictions
 from treesurgeon.models.shapes import addresses, init
 from treesurgeon.models.spec import PER_LAYER, Spec
 from treesurgeon.models.stack import block
@@ -17,11 +18,14 @@ __all__ = [
   "addresses",
   "block",
   "embed",
+  "entropy",
   "extend",
   "forward",
   "generate",
   "head",
   "init",
   "init_cache",
+  "nll",
+  "predictions",
   "tap_of",
 ]

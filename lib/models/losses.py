@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a network says of a batch, and how well: the losses that methods with data share.
+
+A batch is a token array (batch, length), whose every next token is a label, or a mapping with
+"tokens" and optional "weights" (batch, length - 1).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from treesurgeon.models import decoder
+
+Batch = Any
+
+
+def predictions(
+  spec: Any, params: Any, batch: Batch
+) -> tuple[Float[Array, "n classes"], Int[Array, " n"], Float[Array, " n"]]:
+  """Run the network on a batch and line its logits up with their labels.
+
+  Args:
+    spec: architecture.
+    params: parameters.
+    batch: see the module.
+
+  Returns:
+    (logits, labels, weights), one row a prediction.
+
+  Example:
+    >>> from treesurgeon import models
+    >>> spec = models.Spec(vocab_size=5, d_model=4, num_layers=1, num_heads=1, d_ff=8)
+    >>> params = models.init(spec, jax.random.key(0))
+    >>> [x.shape for x in predictions(spec, params, jnp.zeros((2, 3), jnp.int32))]
+    [(4, 5), (4,), (4,)]
+  """
+  tokens, weights = _parts(batch)
+  logits = decoder.forward(spec, params, tokens[:, :-1]).logits
+  return logits.reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1), weights.reshape(-1)
+
+
+def nll(spec: Any, params: Any, batch: Batch) -> Float[Array, ""]:
+  """Compute the mean negative log-likelihood of a batch's labels.
+
+  Args:
+    spec: architecture.
+    params: parameters.
+    batch: see the module.
+
+  Returns:
+    Nats a label, float32.
+
+  Example:
+    >>> from treesurgeon import models
+    >>> spec = models.Spec(vocab_size=5, d_model=4, num_layers=1, num_heads=1, d_ff=8)
+    >>> params = models.init(spec, jax.random.key(0))
+    >>> round(float(nll(spec, params, jnp.zeros((1, 3), jnp.int32))), 1)
+    1.6
+  """
+  logits, labels, weights = predictions(spec, params, batch)
+  each = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+  return jnp.sum(each * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+
+
+def entropy(spec: Any, params: Any, batch: Batch) -> Float[Array, ""]:
+  """Compute the mean Shannon entropy of a batch's predictions; labels are not used.
+
+  Args:
+    spec: architecture.
+    params: parameters.
+    batch: see the module.
+
+  Returns:
+    Nats a prediction, float32.
+
+  Example:
+    >>> from treesurgeon import models
+    >>> spec = models.Spec(vocab_size=5, d_model=4, num_layers=1, num_heads=1, d_ff=8)
+    >>> params = models.init(spec, jax.random.key(0))
+    >>> bool(entropy(spec, params, jnp.zeros((1, 3), jnp.int32)) <= jnp.log(5.0) + 1e-5)
+    True
+  """
+  logits, _, weights = predictions(spec, params, batch)
+  logp = jax.nn.log_softmax(logits.astype(jnp.float32))
+  each = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+  return jnp.sum(each * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+
+
+def _parts(batch: Batch) -> tuple[jax.Array, jax.Array]:
+  if isinstance(batch, Mapping):
+    tokens, given = jnp.asarray(batch["tokens"]), batch.get("weights")
+  else:
+    tokens, given = jnp.asarray(batch), None
+  shape = (tokens.shape[0], tokens.shape[1] - 1)
+  return tokens, jnp.ones(shape, jnp.float32) if given is None else jnp.asarray(given)
