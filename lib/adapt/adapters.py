@@ -8,7 +8,6 @@ low-rank correction last (LoRC, LQ-LoRA, LoftQ) has the same form, and the corre
 adapter: it is what LQ-LoRA and LoftQ train.
 """
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,24 +169,6 @@ def unmerge(m: model.Model, adapters: Adapters) -> model.Model:
     minus = leaves.LowRank(adapter.a, adapter.b, -adapter.scale)
     changes[address] = join(leaves.dense(leaves.Sum((w, minus))), adapter)
   return m.update(changes)
-
-
-def scaling(rank: int, alpha: int | float, *, rslora: bool = False) -> float:
-  """Compute the multiplier of an adapter's product.
-
-  Args:
-    rank: inner dimension.
-    alpha: numerator.
-    rslora: divide by the square root of the rank.
-
-  Returns:
-    alpha / rank, or alpha / sqrt(rank).
-
-  Example:
-    >>> scaling(4, 16.0), scaling(4, 16.0, rslora=True)
-    (4.0, 8.0)
-  """
-  return float(alpha / (math.sqrt(rank) if rslora else rank))
 
 
 def save(path: str | Path, adapters: Adapters) -> None:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from treesurgeon.adapt import adapters
 from treesurgeon.core import leaves, step
+from treesurgeon.io import peft_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -89,7 +90,7 @@ def lora(
     raise ValueError(f"adapt.lora: alpha={alpha!r} must be a positive number, such as 16.0")
   if dtype not in DTYPES:
     raise ValueError(f"adapt.lora: dtype={dtype!r} must be one of {', '.join(DTYPES)}")
-  hyper = {"rank": rank, "scale": adapters.scaling(rank, alpha, rslora=rslora), "dtype": dtype}
+  hyper = {"rank": rank, "scale": peft_config.scaling(rank, alpha, rslora=rslora), "dtype": dtype}
   return step.over_leaves(_adapt, hyper=hyper, select=select, random=True, raw=True)
 
 

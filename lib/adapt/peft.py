@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from treesurgeon.adapt import adapters as adapters_lib
-from treesurgeon.adapt import peft_config, peft_modules
+from treesurgeon.adapt import peft_modules
 from treesurgeon.core import leaves, needs
-from treesurgeon.io import header, safetensors, staging
+from treesurgeon.io import header, peft_config, safetensors, staging
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

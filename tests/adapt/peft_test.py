@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from treesurgeon import models
-from treesurgeon.adapt import adapters, peft, peft_config, peft_modules
+from treesurgeon.adapt import adapters, peft, peft_modules
 from treesurgeon.core import leaves, model
-from treesurgeon.io import safetensors
+from treesurgeon.io import peft_config, safetensors
 
 SIZES = {"vocab_size": 11, "d_model": 8, "num_layers": 2, "num_heads": 2, "d_ff": 12}
 LLAMA = models.Spec(**SIZES, num_kv_heads=1, family="llama")

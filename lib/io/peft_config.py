@@ -14,12 +14,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from treesurgeon.adapt import adapters
-
 SUPPORTED = "plain LoRA and rsLoRA, with rank and alpha patterns"
 # Initializations that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)
 # subtract something from it, or (MiCA) train under another rule.
 INITS = (True, False, "gaussian", "eva", "orthogonal")
+# Settings that add to what a plain adapter computes, for callers that can read them.
+EXTRAS = ("bias", "lora_bias", "modules_to_save", "use_dora")
 # Settings of training or of where the adapter goes, which the tensors in the file have settled.
 _SETTLED = frozenset({
   "alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules",
@@ -37,6 +37,8 @@ class Config(NamedTuple):
     r, alpha: the defaults.
     rank_pattern, alpha_pattern: regular expression over modules to value.
     rslora: scale by alpha / sqrt(r).
+    fan_in_fan_out: whether the weights that carry adapters are kept as (in, out), as GPT-2's are.
+    extras: what there is beyond plain LoRA, of `EXTRAS`.
   """
 
   r: int
@@ -44,6 +46,8 @@ class Config(NamedTuple):
   rank_pattern: Mapping[str, int]
   alpha_pattern: Mapping[str, int | float]
   rslora: bool
+  fan_in_fan_out: bool = False
+  extras: frozenset[str] = frozenset()
 
   def ranks(self, module: str) -> tuple[int, ...]:
     """List the ranks a module may have, the likeliest first.
@@ -56,14 +60,15 @@ class Config(NamedTuple):
   def scale(self, module: str, rank: int) -> float:
     """Return the multiplier of a module's product."""
     alpha = (*_matches(self.alpha_pattern, module), self.alpha)[0]
-    return adapters.scaling(rank, alpha, rslora=self.rslora)
+    return scaling(rank, alpha, rslora=self.rslora)
 
 
-def read(path: Path) -> Config:
+def read(path: Path, *, extras: Collection[str] = ()) -> Config:
   """Read a config and refuse what is not plain LoRA.
 
   Args:
     path: `adapter_config.json`.
+    extras: settings of `EXTRAS` that the caller knows how to read.
 
   Returns:
     The config.
@@ -89,8 +94,9 @@ def read(path: Path) -> Config:
     )
   for name, value in table.items():
     off = value in (None, False, "none") or value in ([], {}, "")
-    if name not in _SETTLED and not off:
-      raise ValueError(f"{path}: {name}={value!r} is not supported; supported: {SUPPORTED}")
+    if name not in _SETTLED and not off and name not in extras:
+      more = "".join(f", {extra}" for extra in sorted(extras))
+      raise ValueError(f"{path}: {name}={value!r} is not supported; supported: {SUPPORTED}{more}")
   rank_pattern, alpha_pattern = (table.get(f"{n}_pattern") or {} for n in ("rank", "alpha"))
   config = Config(
     table.get("r", 8),
@@ -98,6 +104,8 @@ def read(path: Path) -> Config:
     rank_pattern,
     alpha_pattern,
     bool(table.get("use_rslora", False)),
+    bool(table.get("fan_in_fan_out", False)),
+    frozenset(e for e in extras if table.get(e) not in (None, False, "none", [])),
   )
   _check(path, config)
   return config
@@ -157,6 +165,24 @@ def build(
   }
 
 
+def scaling(rank: int, alpha: int | float, *, rslora: bool = False) -> float:
+  """Compute the multiplier of an adapter's product.
+
+  Args:
+    rank: inner dimension.
+    alpha: numerator.
+    rslora: divide by the square root of the rank.
+
+  Returns:
+    alpha / rank, or alpha / sqrt(rank).
+
+  Example:
+    >>> scaling(4, 16.0), scaling(4, 16.0, rslora=True)
+    (4.0, 8.0)
+  """
+  return float(alpha / (math.sqrt(rank) if rslora else rank))
+
+
 def _matches(pattern: Mapping[str, Any], module: str) -> list[Any]:
   return [v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", module)]
 
@@ -165,7 +191,7 @@ def _alpha(rank: int, scale: float, *, rslora: bool) -> int | float:
   """Find the alpha, an integer if it can be one, whose scale is this one to the last bit."""
   alpha = scale * (math.sqrt(rank) if rslora else rank)
   near = (round(alpha), alpha, math.nextafter(alpha, 0), math.nextafter(alpha, math.inf))
-  return next((x for x in near if adapters.scaling(rank, x, rslora=rslora) == scale), alpha)
+  return next((x for x in near if scaling(rank, x, rslora=rslora) == scale), alpha)
 
 
 def _check(path: Path, config: Config) -> None:
