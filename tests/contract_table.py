@@ -34,6 +34,7 @@ class Row:
     reduces: whether it sums over axes that a mesh splits, which reorders float sums.
     requests: makes what needs edit requests.
     still: the transform's evidence at rest, in place of `neutral` (no requests).
+    count: how many donors it is given.
   """
 
   name: str
@@ -44,6 +45,7 @@ class Row:
   reduces: bool = False
   requests: Callable[[], tuple] = tuple
   still: bool = False
+  count: int = 2
 
   def build(self, **more: Any) -> step.Transform:
     """Return the transform."""
@@ -51,7 +53,7 @@ class Row:
 
   def materials(self, m: model.Model) -> collect.Materials:
     """Return everything a transform may ask for."""
-    return collect.Materials(batches=TEXT, donors=donors(m, 2), requests=self.requests())
+    return collect.Materials(batches=TEXT, donors=donors(m, self.count), requests=self.requests())
 
 
 WISH = tokens.Tokenized(
