@@ -108,13 +108,7 @@ class Checkpoint:
   @functools.cached_property
   def lineage(self) -> tuple[lineage.Record, ...]:
     """Read what was done to the model before, if the directory tells."""
-    path = self.directory / LINEAGE
-    if not path.is_file():
-      return ()
-    try:
-      return lineage.from_json(read_json(path)["records"])
-    except (KeyError, TypeError, ValueError) as error:
-      raise ValueError(f"{path}: not a lineage file: {error}") from error
+    return read_lineage(self.directory)
 
   @functools.cached_property
   def digests(self) -> dict[str, str]:
@@ -123,8 +117,7 @@ class Checkpoint:
 
   def digest(self) -> str:
     """Hash the model: one sha256 over its files' names and hashes."""
-    lines = "".join(f"{d}  {n}\n" for n, d in sorted(self.digests.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return digest(self.digests)
 
   def prefetch(self, address: str) -> None:
     """Ask the operating system to read a leaf ahead of its use."""
@@ -198,6 +191,48 @@ def read_json(path: Path) -> Any:
   if not isinstance(value, dict):
     raise ValueError(f"{path}: expected a JSON object; got {type(value).__name__}")
   return value
+
+
+def read_lineage(directory: Path) -> tuple[lineage.Record, ...]:
+  """Read what was done to a model, if its directory tells.
+
+  Args:
+    directory: of the model.
+
+  Returns:
+    The records, oldest first; none without a lineage.json.
+
+  Raises:
+    ValueError: if it is no lineage file.
+
+  Example:
+    >>> read_lineage(Path("no such directory"))
+    ()
+  """
+  path = directory / LINEAGE
+  if not path.is_file():
+    return ()
+  try:
+    return lineage.from_json(read_json(path)["records"])
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f"{path}: not a lineage file: {error}") from error
+
+
+def digest(digests: Mapping[str, str]) -> str:
+  """Hash several files as one.
+
+  Args:
+    digests: file name to sha256.
+
+  Returns:
+    Hexadecimal sha256 over names and hashes, in the order of the names.
+
+  Example:
+    >>> digest({})[:8]
+    'e3b0c442'
+  """
+  lines = "".join(f"{d}  {n}\n" for n, d in sorted(digests.items()))
+  return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def hash_files(files: list[Path]) -> dict[str, str]:

@@ -17,7 +17,8 @@ from treesurgeon.models import hf
 # Files that belong to a model and that surgery does not change.
 COMPANIONS = (
   "generation_config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json",
-  "added_tokens.json", "chat_template*", "spiece.model", "LICENSE*", "NOTICE*", "USE_POLICY*",
+  "added_tokens.json", "chat_template*", "spiece.model", "*processor_config.json", "LICENSE*",
+  "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 _README = "README.md"
 
@@ -60,12 +61,9 @@ class Sink:
     self._written: set[str] = set()
     # Room for a header in which every kernel is compressed into three parts.
     room = 4096 + 600 * len(self._entries)
-    if job is not None:  # other versions may compute other bits
-      job = f"{job} {json.dumps(lineage.versions(), sort_keys=True)}"
-    self._writer = writer.Writer(
-      directory, max_shard_bytes=max_shard_bytes, overwrite=overwrite, job=job,
-      header_bytes=min(1 << 22, -(-room // 4096) * 4096),
-    )  # fmt: skip
+    self._writer = open_writer(
+      directory, room, overwrite=overwrite, max_shard_bytes=max_shard_bytes, job=job
+    )
 
   def __enter__(self) -> "Sink":
     return self
@@ -143,30 +141,15 @@ class Sink:
         f"{self._writer.stage.directory}: {len(absent)} leaves were never written: "
         f"{', '.join(absent[:5])}"
       )
-    stage, evaluation = self._writer.stage, evaluation or {}
-    files = self._writer.seal()
     metas = {base: note["meta"] for base, note in self._writer.notes.items()}
     config = hf.to_config(self.spec) | packed.describe(metas)
-    _set_dtype(config, safetensors.Tensors(list(files.values())))
-    stage.text(checkpoint.CONFIG, json.dumps(config, indent=2) + "\n")
-    for path in _companions(self._companions):
-      stage.copy(path)
     reasons = _reasons(self.spec, metas)
-    text = card.model_card(
-      stage.directory.name, records, config=config, evaluation=evaluation, ours_only=reasons
-    )
-    stage.text(_README, text)
-    names = [checkpoint.CONFIG, _README, *(p.name for p in _companions(self._companions))]
-    digests = checkpoint.hash_files([stage.path / n for n in names])
-    weights = checkpoint.hash_files(list(files.values()))
-    digests |= {name: weights[path.name] for name, path in files.items()}
-    content = card.lineage_json(
-      records, inputs=inputs or {}, outputs=digests, evaluation=evaluation
-    )
-    stage.text(checkpoint.LINEAGE, content)
-    self._writer.commit()
+    finish(
+      self._writer, config, self._companions, records, inputs=inputs or {},
+      evaluation=evaluation or {}, reasons=reasons,
+    )  # fmt: skip
     self._closed = True
-    return stage.directory
+    return self._writer.stage.directory
 
   def _entry(self, address: str) -> hf.Entry:
     if address not in self._owner:
@@ -234,6 +217,72 @@ def save(
         plain = not leaves.is_leaf(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
         sink.write(address, leaf.astype(dtype) if dtype is not None and plain else leaf)
     return sink.close(m.lineage, inputs=inputs, evaluation=evaluation)
+
+
+def open_writer(
+  directory: str | Path, room: int, *, job: str | None, **limits: Any
+) -> writer.Writer:
+  """Open a writer whose job is bound to the versions that its bits depend on.
+
+  Args:
+    directory: the output.
+    room: bytes to keep for each file's header, rounded up and bounded.
+    job: fingerprint of everything the tensors depend on, or None.
+    **limits: `overwrite` and `max_shard_bytes` of `writer.Writer`.
+
+  Returns:
+    The writer.
+  """
+  if job is not None:  # other versions may compute other bits
+    job = f"{job} {json.dumps(lineage.versions(), sort_keys=True)}"
+  room = min(1 << 22, -(-room // 4096) * 4096)
+  return writer.Writer(directory, job=job, header_bytes=room, **limits)
+
+
+def finish(
+  out: writer.Writer,
+  config: Mapping[str, Any],
+  companions: Path | None,
+  records: Sequence[lineage.Record],
+  *,
+  inputs: Mapping[str, str],
+  evaluation: Mapping[str, Any],
+  reasons: Sequence[str] = (),
+  texts: Mapping[str, str] | None = None,
+) -> None:
+  """Write what belongs to a model besides its weights, and put the directory in its place.
+
+  Args:
+    out: a writer that has all the weights.
+    config: content of config.json; its dtype is set to what most bytes are.
+    companions: directory whose tokenizer, generation config and license come along, or None.
+    records: the model's whole lineage, oldest first.
+    inputs: input file to sha256.
+    evaluation: measure to value, or to {"before", "after"}.
+    reasons: why other libraries cannot load it, a phrase a reason.
+    texts: further files, name to content; one that is also a companion replaces it.
+  """
+  stage, texts = out.stage, texts or {}
+  files = out.seal()
+  config = dict(config)
+  _set_dtype(config, safetensors.Tensors(list(files.values())))
+  stage.text(checkpoint.CONFIG, json.dumps(config, indent=2) + "\n")
+  copied = [path for path in _companions(companions) if path.name not in texts]
+  for path in copied:
+    stage.copy(path)
+  text = card.model_card(
+    stage.directory.name, records, config=config, evaluation=evaluation, ours_only=reasons
+  )
+  written = {_README: text, **texts}
+  for name, content in written.items():
+    stage.text(name, content)
+  names = [checkpoint.CONFIG, *written, *(p.name for p in copied)]
+  digests = checkpoint.hash_files([stage.path / n for n in names])
+  weights = checkpoint.hash_files(list(files.values()))
+  digests |= {name: weights[path.name] for name, path in files.items()}
+  content = card.lineage_json(records, inputs=inputs, outputs=digests, evaluation=evaluation)
+  stage.text(checkpoint.LINEAGE, content)
+  out.commit()
 
 
 def _companions(directory: Path | None) -> list[Path]:
