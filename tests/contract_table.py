@@ -53,7 +53,14 @@ class Row:
 
   def materials(self, m: model.Model) -> collect.Materials:
     """Return everything a transform may ask for."""
-    return collect.Materials(batches=TEXT, donors=donors(m, self.count), requests=self.requests())
+    return collect.Materials(
+      batches=TEXT,
+      donors=donors(m, self.count),
+      donor_batches=[
+        [np.random.default_rng(200 + i).integers(0, 32, (4, 16))] for i in range(self.count)
+      ],
+      requests=self.requests(),
+    )
 
 
 WISH = tokens.Tokenized(
@@ -99,9 +106,12 @@ ROWS = (
   Row("edit.unlearn.task_negation", neutral={"scale": 0.0}, commutes=True),
   Row("grow.g_stack", {"growth": 2}, {"growth": 1}),
   Row("grow.interpolate", {"growth": 2}, {"growth": 1}),
+  Row("merge.iso_c", {"lam": 0.5}, {"lam": 0.0}, commutes=True, reduces=True),
+  Row("merge.iso_cts", {"common": 0.5}, {"lam": 0.0}, commutes=True, reduces=True),
   Row("merge.linear", {"weights": (1.0, 0.5, 0.5)}, {"weights": (1.0, 0.0, 0.0)}, commutes=True),
   Row("merge.task_arithmetic", {"lam": 0.3}, {"lam": 0.0}, commutes=True),
   Row("merge.ties", {"density": 0.3}, {"lam": 0.0}, commutes=True),
+  Row("merge.tsv_merge", {"lam": 0.5}, {"lam": 0.0}, commutes=True, reduces=True),
 )
 EXTRA = (
   # Settings whose code path differs enough to hold the laws by itself.

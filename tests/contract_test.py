@@ -253,8 +253,14 @@ def test_the_order_of_donors_does_not_matter(row):
   if not row.commutes:
     return
   m, one, evidence, changed = of(row)
-  turned = collect.needs.Aligned(evidence["donors"].sources[::-1])
-  out = one.apply(m, {**evidence, "donors": turned}, KEY)
+  turned = {"donors": collect.needs.Aligned(evidence["donors"].sources[::-1])}
+  for name, need in one.needs.items():
+    if getattr(need, "of", "model") == "donors":
+      value = evidence[name]
+      turned[name] = (
+        value[::-1] if isinstance(value, tuple) else {a: value[a][::-1] for a in value}
+      )
+  out = one.apply(m, {**evidence, **turned}, KEY)
   for address in m.addresses():
     np.testing.assert_allclose(
       out.leaf(address), changed.leaf(address), rtol=1e-5, atol=1e-6, err_msg=address

@@ -49,7 +49,10 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
     lock_config=True,
     sys_argv=["treesurgeon", *argv],
   )
-  flags.DEFINE_string("calibration", None, "UTF-8 text for calibration.", flag_values=values)
+  flags.DEFINE_multi_string(
+    "calibration", [], "UTF-8 text for calibration; repeat to give one to each donor.",
+    flag_values=values,
+  )  # fmt: skip
   flags.DEFINE_integer("samples", 128, "Calibration sequences.", 1, flag_values=values)
   flags.DEFINE_integer(
     "length", None, "Tokens a calibration sequence; default: the context, at most 2048.", 1,
@@ -178,28 +181,38 @@ def _transform(values: flags.FlagValues) -> step.Transform:
 def _materials(
   values: flags.FlagValues, source: checkpoint.Checkpoint, transform: step.Transform
 ) -> collect.Materials:
-  batches, recipe, digests = [], {}, {}
-  if values.calibration:
-    text = main.read_text("--calibration", values.calibration)
-    length = values.length or min(source.spec.max_positions or 2048, 2048)
-    recipe = {"samples": values.samples, "length": length, "batch": values.batch}
-    batches = calibration.batches(
-      text,
-      tokenizers.load(values.model),
-      **recipe,
-      vocab_size=source.spec.vocab_size,
-      source=f"--calibration={values.calibration}",
-    )
-    digests["calibration"] = lineage.digest(values.calibration)
   named = [need for one in transform for need in one.needs.values()]
   donors = [n for need in named if isinstance(need, needs.Donors) for n in need.models]
+  texts, recipe, digests = list(values.calibration), {}, {}
+  if len(texts) > 1 and len(texts) != len(donors):
+    raise ValueError(
+      f"--calibration is given {len(texts)} times; the transform names {len(donors)} donors: give "
+      "one text for all, or one for each donor"
+    )
+  length = values.length or min(source.spec.max_positions or 2048, 2048)
+  if texts:
+    recipe = {"samples": values.samples, "length": length, "batch": values.batch}
+  cut = []
+  for i, path in enumerate(texts):
+    cut.append(
+      calibration.batches(
+        main.read_text("--calibration", path),
+        tokenizers.load(values.model),
+        **recipe,
+        vocab_size=source.spec.vocab_size,
+        source=f"--calibration={path}",
+      )
+    )
+    role = "calibration" if len(texts) == 1 else f"calibration of donor {i}"
+    digests[role] = lineage.digest(path)
   digests |= {f"donor {i}": checkpoint.Checkpoint(n).digest() for i, n in enumerate(donors)}
   files = [need.path for need in named if isinstance(need, needs.Requests) and need.path]
   for i, path in enumerate(files):
     main.read_text("requests", path)
     digests[f"requests {i}"] = lineage.digest(path)
   return collect.Materials(
-    batches=batches,
+    batches=[b for batches in cut for b in batches],
+    donor_batches=cut if len(cut) > 1 else (),
     open_model=checkpoint.Checkpoint,
     read_requests=functools.partial(_requests, directory=values.model),
     digests={"base": source.digest(), **digests},

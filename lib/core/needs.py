@@ -8,7 +8,7 @@ mapping from address to value.
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 Evidence = Mapping[str, Any]
 
@@ -21,10 +21,13 @@ class Statistic:
     fold: a name from `stats.FOLDS`, such as "second_moment", which is handed over as the fold's
       state; or "fisher", an array of the leaf's shape.
     select: regular expression over addresses; None means the step's own selection.
+    of: "model" takes it on the model as it stands; "donors" on every donor and that donor's
+      batches, and hands over a tuple with one value a donor.
   """
 
   fold: str
   select: str | None = None
+  of: Literal["model", "donors"] = "model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,14 @@ class Requests:
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-  """A stream of token batches, for steps that train."""
+  """Batches, for steps that train.
+
+  Attributes:
+    of: "model" hands over one list of batches; "donors" a tuple with each donor's list, which
+      has but one entry where all donors share their batches.
+  """
+
+  of: Literal["model", "donors"] = "model"
 
 
 Need = Statistic | Donors | Requests | Batches

@@ -6,6 +6,7 @@ model wrapped in a `Step`. A transform is a tuple of steps, so `chain(a, b) == a
 spelling of a transform is what its `repr` prints, a config holds, and the command line takes.
 """
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -479,7 +480,7 @@ def _donor_count(wants: Mapping[str, needs_lib.Need], given: Mapping[str, Any]) 
 def _aim(wants: Mapping[str, needs_lib.Need], pattern: str) -> dict[str, needs_lib.Need]:
   """Point statistics without a selection of their own at the step's."""
   return {
-    name: needs_lib.Statistic(need.fold, pattern)
+    name: dataclasses.replace(need, select=pattern)
     if isinstance(need, needs_lib.Statistic) and need.select is None
     else need
     for name, need in wants.items()

@@ -11,6 +11,7 @@ import numpy as np
 
 from treesurgeon.core import meshes, needs, paths, step
 from treesurgeon.core import model as model_lib
+from treesurgeon.run import donors as donors_lib
 from treesurgeon.run import statistics
 
 
@@ -21,6 +22,7 @@ class Materials:
   Attributes:
     batches: token batches (batch, length), iterated as often as needed.
     donors: other models, read leaf by leaf.
+    donor_batches: each donor's own batches; empty gives every donor `batches`.
     requests: edit requests; None if there are none to hand over, which a step that needs some
       refuses.
     open_model: resolves a donor's name in an expression to a source.
@@ -31,6 +33,7 @@ class Materials:
 
   batches: Sequence[np.ndarray] | Iterable[np.ndarray] = ()
   donors: Sequence[needs.Source] = ()
+  donor_batches: Sequence[Sequence[Any] | Iterable[Any]] = ()
   requests: Sequence[Any] | None = None
   open_model: Callable[[str], needs.Source] | None = None
   read_requests: Callable[[str], Sequence[Any]] | None = None
@@ -43,6 +46,9 @@ class Materials:
     found = dict(self.digests)
     if isinstance(self.batches, Sequence | np.ndarray) and len(self.batches):
       found["batches"] = digest(self.batches)
+    for i, batches in enumerate(self.donor_batches):
+      if isinstance(batches, Sequence | np.ndarray) and len(batches):
+        found[f"batches of donor {i}"] = digest(batches)
     return found
 
 
@@ -62,19 +68,46 @@ def evidence(one: step.Step, model: model_lib.Model, materials: Materials) -> ne
   """
   require(one, materials)
   model = model.replace(params=meshes.to_auto(model.params))
+  return given(one, model, materials, list(one.needs))
+
+
+def given(
+  one: step.Step, model: model_lib.Model, materials: Materials, names: Sequence[str]
+) -> dict[str, Any]:
+  """Gather some of a step's needs, with one pass over each collection of batches.
+
+  Args:
+    one: the step.
+    model: the model as it stands, on automatic axes.
+    materials: what the caller brought; `require` has looked it through.
+    names: which needs.
+
+  Returns:
+    Need's name to evidence.
+
+  Raises:
+    ValueError: as `evidence`.
+  """
   out: dict[str, Any] = {}
-  asked = {n: w for n, w in one.needs.items() if isinstance(w, needs.Statistic)}
-  taps = {n: w for n, w in asked.items() if w.fold != "fisher"}
+  asked = {n: w for n in names if isinstance(w := one.needs[n], needs.Statistic)}
+  own = {n: w for n, w in asked.items() if w.of == "model"}
+  taps = {n: w for n, w in own.items() if w.fold != "fisher"}
   if taps:
     collected = statistics.tap_statistics(
       model, statistics.wanted(taps, model.addresses()), materials.batches
     )
     for name, need in taps.items():
       out[name] = {a: s for (fold, a), s in collected.items() if fold == need.fold}
-  for name in asked.keys() - taps.keys():
-    out[name] = statistics.fisher(model, materials.batches, select=asked[name].select)
-  for name, need in one.needs.items():
-    if isinstance(need, needs.Donors | needs.Requests | needs.Batches):
+  for name in own.keys() - taps.keys():
+    out[name] = statistics.fisher(model, materials.batches, select=own[name].select)
+  theirs = {n: w for n, w in asked.items() if w.of == "donors"}
+  if theirs:
+    found = sources(one, model, materials)
+    dealt = donors_lib.deal(materials.batches, materials.donor_batches, len(found))
+    out |= donors_lib.gather(theirs, found, dealt, model.addresses())
+  for name in names:
+    need = one.needs[name]
+    if not isinstance(need, needs.Statistic):
       out[name] = brought(one, need, model, materials)
   return out
 
@@ -90,11 +123,16 @@ def require(one: step.Step, materials: Materials) -> None:
     ValueError: naming the step and what it lacks.
   """
   for need in one.needs.values():
-    if isinstance(need, needs.Statistic):
-      if iter(materials.batches) is materials.batches:
-        raise ValueError(f"{one!r}: calibration batches are read more than once; give a list")
-      if hasattr(materials.batches, "__len__") and not len(materials.batches):  # pyright: ignore[reportArgumentType]
-        raise ValueError(f"{one!r} needs calibration text and none was given")
+    if isinstance(need, needs.Statistic | needs.Batches):
+      own = materials.donor_batches if need.of == "donors" else ()
+      for i, batches in enumerate(own or [materials.batches]):
+        whose = f" for donor {i}" if own else ""
+        if iter(batches) is batches:
+          raise ValueError(f"{one!r}: calibration batches are read more than once; give a list")
+        if hasattr(batches, "__len__") and not len(batches):  # pyright: ignore[reportArgumentType]
+          raise ValueError(f"{one!r} needs calibration text{whose} and none was given")
+      if need.of == "donors" and (count := _donor_count(one, materials)):
+        donors_lib.deal(materials.batches, own, count)
     elif isinstance(need, needs.Donors):
       if need.models and materials.open_model is None:
         raise ValueError(f"{one!r}: no way was given to open models by name; pass donors instead")
@@ -137,24 +175,46 @@ def brought(one: step.Step, need: needs.Need, base: needs.Source, materials: Mat
     materials: what the caller brought.
 
   Returns:
-    Donors as a mapping from address to a tuple of leaves; requests or batches as they are.
+    Donors as a mapping from address to a tuple of leaves; requests or batches as they are;
+    batches of donors as a tuple of each donor's, one entry where they share.
 
   Raises:
     ValueError: if it was not brought, or a donor's leaves differ from the base's.
   """
   require(one, materials)
   if isinstance(need, needs.Donors):
-    sources = list(materials.donors)
-    if need.models and materials.open_model is not None:
-      sources = [materials.open_model(name) for name in need.models]
-    for i, source in enumerate(sources):
-      check_alike(base, source, f"donor {i}")
-    return needs.Aligned(sources)
+    return needs.Aligned(_opened(need, base, materials))
   if isinstance(need, needs.Requests):
     if need.path and materials.read_requests is not None:
       return list(materials.read_requests(need.path))
     return list(materials.requests or ())
-  return materials.batches
+  if need.of == "donors" and materials.donor_batches:
+    return tuple(materials.donor_batches)
+  return (materials.batches,) if need.of == "donors" else materials.batches
+
+
+def sources(one: step.Step, base: needs.Source, materials: Materials) -> list[needs.Source]:
+  """Open the donors whose statistics a step wants.
+
+  Args:
+    one: the step, which needs donors too.
+    base: the model that donors must match.
+    materials: what the caller brought.
+
+  Returns:
+    The donors.
+
+  Raises:
+    ValueError: if a donor's leaves differ from the base's, or rules of `by_path` name different
+      donors.
+  """
+  found = {w for w in one.needs.values() if isinstance(w, needs.Donors)}
+  if len(found) != 1:
+    raise ValueError(
+      f"{one!r}: statistics are taken of one set of donors, and {len(found)} are named; chain the "
+      "rules as steps of their own"
+    )
+  return _opened(found.pop(), base, materials)
 
 
 def check_alike(base: needs.Source, other: needs.Source, role: str) -> None:
@@ -192,3 +252,20 @@ def check_alike(base: needs.Source, other: needs.Source, role: str) -> None:
       raise ValueError(
         f"{role} has {field}={have}, the base has {want}; merged models must agree in it"
       )
+
+
+def _opened(need: needs.Donors, base: needs.Source, materials: Materials) -> list[needs.Source]:
+  found = list(materials.donors)
+  if need.models and materials.open_model is not None:
+    found = [materials.open_model(name) for name in need.models]
+  for i, source in enumerate(found):
+    check_alike(base, source, f"donor {i}")
+  return found
+
+
+def _donor_count(one: step.Step, materials: Materials) -> int:
+  return sum(
+    len(need.models) or len(materials.donors)
+    for need in one.needs.values()
+    if isinstance(need, needs.Donors)
+  )

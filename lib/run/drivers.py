@@ -10,7 +10,7 @@ memory. A leaf step gives the same bits under all three.
 import collections
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -19,7 +19,7 @@ import numpy as np
 
 from treesurgeon.core import lineage, meshes, needs, paths, step
 from treesurgeon.core import model as model_lib
-from treesurgeon.run import collect, progress, statistics
+from treesurgeon.run import blockwise, collect, progress
 
 
 @runtime_checkable
@@ -149,8 +149,8 @@ def stream(
     check_finite(part.params.items(), "in the base model")
     for i, one in enumerate(transform):
       before, part = part, one.apply(part, donors[i], _key(seed, i))
-      check_finite(_changes(before, part).items(), f"after {one!r}")
-      notes[i] = _merged(notes[i], part.aux.get("notes", {}))
+      check_finite(blockwise.changes(before, part).items(), f"after {one!r}")
+      notes[i] = blockwise.merged(notes[i], part.aux.get("notes", {}))
       part = part.replace(aux={})
     for address in group:
       sink.write(address, part.leaf(address))
@@ -248,107 +248,12 @@ def _each(
       # No name holds on to the evidence: the next step's is as large.
       changed = one.apply(model, collect.evidence(one, model, materials), _key(seed, i))
     else:
-      changed = _blockwise(one, model, materials, _key(seed, i))
-    check_finite(_changes(model, changed).items(), f"after {one!r}")
+      changed = blockwise.walk(one, model, materials, _key(seed, i))
+    check_finite(blockwise.changes(model, changed).items(), f"after {one!r}")
     model = _record(one, changed, i, seed, driver, materials)
   return model.replace(
     params=meshes.to_explicit(model.params, mesh), aux=meshes.to_explicit(model.aux, mesh)
   )
-
-
-def _blockwise(
-  one: step.Step, model: model_lib.Model, materials: collect.Materials, key: jax.Array
-) -> model_lib.Model:
-  collect.require(one, materials)
-  names = model.addresses()
-  units = one.units(names)
-  _refuse_torn(one, units)
-  chosen = {a for unit in units for a in unit}
-  taps = {n: w for n, w in one.needs.items() if isinstance(w, needs.Statistic)}
-  given: dict[str, Any] = {}
-  for name, need in one.needs.items():
-    if isinstance(need, needs.Statistic):
-      if need.fold == "fisher":
-        given[name] = statistics.fisher(model, materials.batches, select=need.select)
-        taps.pop(name)
-    else:
-      given[name] = collect.brought(one, need, model, materials)
-  want = statistics.wanted(taps, names)
-  per_layer = statistics.by_layer(want)
-  batches = list(materials.batches) if want else []
-  last = paths.num_layers(model.params) if -1 in per_layer else max(per_layer, default=-1)
-  aux = dict(model.aux)
-
-  def change(part: Mapping[str, Any], states: Mapping[int, Any], layer: int) -> dict[str, Any]:
-    if not part:
-      return {}
-    mine = {k: v for k, v in want.items() if statistics.layer_of(k[1]) == layer}
-    seen = statistics.covered(mine, states)
-    evidence = dict(given)
-    for name, need in taps.items():
-      evidence[name] = {a: s for (fold, a), s in seen.items() if fold == need.fold}
-    old = model_lib.Part(model.spec, part, aux=aux)
-    new = one.apply(old, evidence, key)
-    aux.update(_merged(aux, new.aux))
-    return _changes(old, new)
-
-  early = {a: model.leaf(a) for a in names if a in chosen and a.startswith("embed/")}
-  model = model.update(change(early, {}, -2))
-  hidden = [statistics.embed(model, b) for b in batches]
-  changes: dict[str, Any] = {}
-  for layer, place, tree in progress.track(_by_layer(model.params), "blocks"):
-    part = {f"layers/{layer}/{s}": paths.take(x, place) for s, x in paths.walk(tree).items()}
-    pairs, states = per_layer.get(layer, ()), None
-    for h in hidden if pairs else ():
-      _, states = statistics.through_block(model.spec, tree, h, layer, pairs, states, index=place)
-    new = change({a: x for a, x in part.items() if a in chosen}, {layer: states}, layer)
-    changes.update(new)
-    if layer >= last:
-      continue  # nobody asks what comes out
-    nested = paths.nest({a.split("/", 2)[2]: new.get(a, x) for a, x in part.items()})
-    for n, h in enumerate(hidden):
-      hidden[n], _ = statistics.through_block(model.spec, nested, h, layer, (), None)
-  model = model.update(changes)
-  states = None
-  for h in hidden if -1 in per_layer else ():
-    states = statistics.at_head(model.spec, model.params, h, per_layer[-1], states)
-  late = {
-    a: model.leaf(a) for a in names if a in chosen and not a.startswith(("embed/", "layers/"))
-  }
-  return model.update(change(late, {-1: states}, -1)).replace(aux=aux)
-
-
-def _refuse_torn(one: step.Step, units: step.Units) -> None:
-  """Refuse a unit that does not lie within one block, the embeddings, or what follows."""
-  for unit in units:
-    places = {-2 if a.startswith("embed/") else statistics.layer_of(a) for a in unit}
-    if len(places) > 1:
-      raise ValueError(
-        f"{one!r} changes {unit[0]} together with {unit[-1]}, which lies in another block; use "
-        "the driver 'run'"
-      )
-
-
-def _changes(old: model_lib.Model, new: model_lib.Model) -> dict[str, Any]:
-  """List the leaves, as stored, that a step put in."""
-  held = {id(x) for x in paths.walk(old.params).values()}
-  return {a: x for a, x in paths.walk(new.params).items() if id(x) not in held}
-
-
-def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-  """Put together what several parts of a model told; mappings are united."""
-  out = dict(old)
-  for name, value in new.items():
-    both = isinstance(value, Mapping) and isinstance(out.get(name), Mapping)
-    out[name] = {**out[name], **value} if both else value
-  return out
-
-
-def _by_layer(params: paths.Params) -> list[tuple[int, int, Any]]:
-  """List (layer, its place in the segment, the segment's tree)."""
-  return [
-    (i, i - start, tree) for start, stop, tree in paths.segments(params) for i in range(start, stop)
-  ]
 
 
 def _groups(transform: step.Transform, names: Sequence[str]) -> list[tuple[str, ...]]:

@@ -41,7 +41,9 @@ def dry_run(transform: step.Transform, model: model_lib.Model, *, donors: int = 
   for one in transform:
     names = model.addresses()
     one.units(names)
-    evidence = {n: _evidence(need, model, names, donors) for n, need in one.needs.items()}
+    merged = [w for w in one.needs.values() if isinstance(w, needs.Donors)]
+    count = next((len(w.models) for w in merged if w.models), donors)
+    evidence = {n: _evidence(need, model, names, count) for n, need in one.needs.items()}
     specs = []
 
     def apply(params: Any, evidence: Any, one: Any = one, old: Any = model, to: Any = specs) -> Any:
@@ -57,8 +59,7 @@ def dry_run(transform: step.Transform, model: model_lib.Model, *, donors: int = 
 def _evidence(need: needs.Need, model: model_lib.Model, names: list[str], donors: int) -> Any:
   """Make evidence of shapes only."""
   if isinstance(need, needs.Donors):
-    count = len(need.models) or donors
-    return {a: (model.leaf(a),) * count for a in names}
+    return {a: (model.leaf(a),) * donors for a in names}
   if not isinstance(need, needs.Statistic):
     return []
   out = {}
@@ -68,6 +69,8 @@ def _evidence(need: needs.Need, model: model_lib.Model, names: list[str], donors
       out[address] = jax.ShapeDtypeStruct(shape, jnp.float32)
     else:
       out[address] = jax.eval_shape(lambda f=need.fold, n=shape[-2]: stats.FOLDS[f].init(n))
+    if need.of == "donors":
+      out[address] = (out[address],) * donors
   return out
 
 
