@@ -119,6 +119,18 @@ TABLE: dict[str, Entry] = {
     command=_DIRECTIONS,
     note="the variant the paper finds worse than stacking, and so it is here",
   ),
+  "merge.iso_c": Entry(
+    factory="treesurgeon.merge.iso_c:iso_c",
+    paper="Marczak et al., No task left behind, 2025, arXiv 2502.04959",
+    oracle="tests/merge/iso_c_test.py",
+    note="equals FusionBench's algorithm in float64 where no direction is null",
+  ),
+  "merge.iso_cts": Entry(
+    factory="treesurgeon.merge.iso_c:iso_cts",
+    paper="Marczak et al., No task left behind, 2025, arXiv 2502.04959",
+    oracle="tests/merge/iso_c_test.py",
+    note="equals FusionBench's algorithm in float64 where no direction is null",
+  ),
   "merge.linear": Entry(
     factory="treesurgeon.merge.linear:linear",
     paper="Wortsman et al., Model soups, 2022, arXiv 2203.05482",
@@ -139,6 +151,12 @@ TABLE: dict[str, Entry] = {
     command=_DIRECTIONS,
     note="better than the other task's expert, but behind a plain average of two experts; equals "
     "mergekit 0.1.5 by tensor, the paper with granularity='global'",
+  ),
+  "merge.tsv_merge": Entry(
+    factory="treesurgeon.merge.tsv_merge:tsv_merge",
+    paper="Gargiulo et al., Task singular vectors, 2024, arXiv 2412.00081",
+    oracle="tests/merge/tsv_merge_test.py",
+    note="equals the official algorithm in float64 where no direction is null",
   ),
 }
 
