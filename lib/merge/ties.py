@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from treesurgeon.core import leaves, model, needs, paths, step, varied
-from treesurgeon.merge import trim
+from treesurgeon.merge import consensus, trim
 from treesurgeon.merge import weights as weights_lib
 
 GRANULARITIES = ("tensor", "global")
@@ -70,21 +70,12 @@ def trim_elect_merge(
     cuts = tuple(
       _one_cut([d], share) for d, share in zip(changes, _shares(density, len(donors)), strict=True)
     )
-  agreeing = []
-  for c, delta, where in zip(weight, changes, cuts, strict=True):
-    if where is not None:
-      delta = jnp.where(trim.kept(delta, *where), delta, 0.0)
-    agreeing.append(c * delta)
-  elected = jnp.where(sum(agreeing) >= 0, 1.0, -1.0)
-  total = jnp.zeros_like(base)
-  divisor = jnp.zeros_like(base)
-  for c, delta in zip(weight, agreeing, strict=True):
-    agrees = jnp.sign(delta) == elected
-    total += jnp.where(agrees, delta, 0.0)
-    divisor += jnp.where(agrees, c, 0.0)
-  if normalize:
-    total = total / jnp.where(divisor == 0, 1.0, divisor)
-  return (base + lam * total).astype(w.dtype)
+  trimmed = [
+    d if where is None else jnp.where(trim.kept(d, *where), d, 0.0)
+    for d, where in zip(changes, cuts, strict=True)
+  ]
+  merged = consensus.elect(base, trimmed, weights=weight, lam=lam, normalize=normalize)
+  return merged.astype(w.dtype)
 
 
 def global_cuts(
