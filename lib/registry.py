@@ -119,6 +119,13 @@ TABLE: dict[str, Entry] = {
     command=_DIRECTIONS,
     note="the variant the paper finds worse than stacking, and so it is here",
   ),
+  "merge.fisher": Entry(
+    factory="treesurgeon.merge.fisher:fisher",
+    paper="Matena and Raffel, Merging models with Fisher-weighted averaging, 2021, "
+    "arXiv 2111.09832",
+    oracle="tests/merge/fisher_test.py",
+    note="empirical Fisher information; exact optimum of quadratic losses",
+  ),
   "merge.iso_c": Entry(
     factory="treesurgeon.merge.iso_c:iso_c",
     paper="Marczak et al., No task left behind, 2025, arXiv 2502.04959",
@@ -136,6 +143,32 @@ TABLE: dict[str, Entry] = {
     paper="Wortsman et al., Model soups, 2022, arXiv 2203.05482",
     oracle="tests/merge/linear_test.py",
     note="equals mergekit 0.1.5; tests/peers/merge_test.py",
+  ),
+  "merge.optmerge": Entry(
+    factory="treesurgeon.merge.optmerge:optmerge",
+    paper="Wei et al., OptMerge, 2025, arXiv 2505.19892",
+    oracle="tests/merge/optmerge_test.py",
+    note="both official scripts, equal in float64: variant='full' and variant='lora'",
+  ),
+  "merge.rebasin": Entry(
+    factory="treesurgeon.merge.rebasin:rebasin",
+    paper="Ainsworth et al., Git Re-Basin, 2022, arXiv 2209.04836",
+    oracle="tests/merge/rebasin_test.py",
+    note="weight and activation matching, straight-through; heads, grouped queries and tied "
+    "embeddings included; recovers a random permutation exactly",
+  ),
+  "merge.regmean": Entry(
+    factory="treesurgeon.merge.regmean:regmean",
+    paper="Jin et al., Dataless knowledge fusion by merging weights of language models, 2022, "
+    "arXiv 2212.09849",
+    oracle="tests/merge/regmean_test.py",
+    note="equals stacked least squares in float64",
+  ),
+  "merge.regmean_pp": Entry(
+    factory="treesurgeon.merge.regmean_pp:regmean_pp",
+    paper="Nguyen et al., RegMean++, 2025, arXiv 2508.03121",
+    oracle="tests/merge/regmean_pp_test.py",
+    note="RegMean through the blocks already merged; the blockwise driver makes the difference",
   ),
   "merge.task_arithmetic": Entry(
     factory="treesurgeon.merge.task_arithmetic:task_arithmetic",
@@ -157,6 +190,12 @@ TABLE: dict[str, Entry] = {
     paper="Gargiulo et al., Task singular vectors, 2024, arXiv 2412.00081",
     oracle="tests/merge/tsv_merge_test.py",
     note="equals the official algorithm in float64 where no direction is null",
+  ),
+  "merge.wudi": Entry(
+    factory="treesurgeon.merge.wudi:wudi",
+    paper="Cheng et al., Whoever started the interference should end it, 2025, arXiv 2503.08099",
+    oracle="tests/merge/wudi_test.py",
+    note="equals the official loop in float64; solver='closed' is its exact minimum",
   ),
 }
 

@@ -106,17 +106,32 @@ ROWS = (
   Row("edit.unlearn.task_negation", neutral={"scale": 0.0}, commutes=True),
   Row("grow.g_stack", {"growth": 2}, {"growth": 1}),
   Row("grow.interpolate", {"growth": 2}, {"growth": 1}),
+  Row("merge.fisher", {"floor": 1e-9}, {"lam": 0.0}, commutes=True, reduces=True),
   Row("merge.iso_c", {"lam": 0.5}, {"lam": 0.0}, commutes=True, reduces=True),
   Row("merge.iso_cts", {"common": 0.5}, {"lam": 0.0}, commutes=True, reduces=True),
   Row("merge.linear", {"weights": (1.0, 0.5, 0.5)}, {"weights": (1.0, 0.0, 0.0)}, commutes=True),
+  Row("merge.optmerge", {"steps": 2}, {"lam": 0.0}, commutes=True, reduces=True),
+  Row("merge.rebasin", {"weights": (1.0, 0.5, 0.5)}, {"weights": (1.0, 0.0, 0.0)}),
+  Row("merge.regmean", neutral={"lam": 0.0}, commutes=True, reduces=True),
+  Row("merge.regmean_pp", neutral={"lam": 0.0}, commutes=True, reduces=True),
   Row("merge.task_arithmetic", {"lam": 0.3}, {"lam": 0.0}, commutes=True),
   Row("merge.ties", {"density": 0.3}, {"lam": 0.0}, commutes=True),
   Row("merge.tsv_merge", {"lam": 0.5}, {"lam": 0.0}, commutes=True, reduces=True),
+  Row("merge.wudi", {"steps": 2}, {"lam": 0.0}, commutes=True, reduces=True),
 )
 EXTRA = (
   # Settings whose code path differs enough to hold the laws by itself.
   Row("compress.prune.wanda", {"pattern": "2:4", "packed": True}, {"pattern": "4:4"}),
+  Row("merge.fisher", {"normalize": True}, {"lam": 0.0}, commutes=True, reduces=True),
   Row("merge.ties", {"density": 0.3, "granularity": "global"}, {"lam": 0.0}, commutes=True),
+  Row(
+    "merge.optmerge",
+    {"steps": 2, "variant": "lora"},
+    {"lam": 0.0},
+    commutes=True,
+    reduces=True,
+  ),
+  Row("merge.wudi", {"solver": "closed"}, {"lam": 0.0}, commutes=True, reduces=True),
 )
 
 SPEC = models.Spec(vocab_size=32, d_model=16, num_layers=2, num_heads=2, d_ff=32, max_positions=32)
