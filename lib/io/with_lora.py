@@ -151,7 +151,8 @@ class WithLora:
     if base is None:
       raise ValueError(self._unmatched(name, wanted))
     role = _ROLES[part.partition(".")[0]] if found else "full"
-    role = "bias" if (role, leaf) == ("b", "bias") else role
+    if leaf == "bias":  # a trained bias of the base, or one that the adapter adds
+      role = "full" if role == "base_layer" else "bias"
     self._changes.setdefault(base, _Change(module, {})).parts[role] = name
 
   def _find(self, name: str) -> str | None:
@@ -192,8 +193,8 @@ class WithLora:
     for role in ("a", "b"):
       if role not in infos:
         raise ValueError(f"{where} has no lora_{role.upper()}; the file must hold both factors")
-      if len(infos[role]) != 2 or len(shape) != 2:
-        raise ValueError(f"{where}: lora_{role.upper()} {infos[role]} on {shape}: not matrices")
+      if len(infos[role]) != 2:
+        raise ValueError(f"{where}: lora_{role.upper()} {infos[role]} is not a matrix")
     (rank, width), (out, inner) = a, b = infos["a"], infos["b"]
     ranks = self._config.ranks(change.module)
     if rank != inner or rank not in ranks:

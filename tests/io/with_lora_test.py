@@ -178,7 +178,7 @@ BAD = {
   "method": (BOTH, {"peft_type": "IA3"}, "peft_type is 'IA3'"),
   "init": (BOTH, {"init_lora_weights": "pissa"}, "adapts a changed base"),
   "setting": (BOTH, {"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
-  "conv": ({k: v[..., None, None] for k, v in BOTH.items()}, {}, "not matrices"),
+  "conv": ({k: v[..., None, None] for k, v in BOTH.items()}, {}, "not a matrix"),
   "resized": ({f"{EMBED}.weight": normal(9, 6)}, {}, "resized vocabulary needs the model resized"),
   "nothing": ({}, {}, "holds no tensors"),
   "dora": (

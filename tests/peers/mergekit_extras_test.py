@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What surrounds a merge equals mergekit's and peft's: vocabularies, templates, adapters.
+
+Models are tiny, random and float32.
+"""
+
+import importlib.resources
+import pathlib
+
+import numpy as np
+import peft
+import pytest
+import tokenizers
+import torch
+import transformers
+from mergekit import config as mk_config
+from mergekit import merge as mk_merge
+from mergekit import options as mk_options
+from mergekit._data import chat_templates as mk_templates
+from transformers.utils import chat_template_utils
+
+from treesurgeon.io import chat_templates, raw, remapped, vocabulary, with_lora
+
+transformers.logging.set_verbosity_error()
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TEXTS = {
+  "base": "hello world, the cat sat on the mat ",
+  "other": "the theory of everything and their thoughts ",
+  "third": "a world of other words, whether the weather ",
+}
+SIZES = {
+  "hidden_size": 16,
+  "intermediate_size": 24,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "max_position_embeddings": 64,
+}
+
+
+def fast(text, extra=()):
+  """Trains a byte-level tokenizer."""
+  inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+  inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  inner.decoder = tokenizers.decoders.ByteLevel()
+  alphabet = sorted(set(tokenizers.pre_tokenizers.ByteLevel.alphabet()))[:120]
+  inner.train_from_iterator(
+    [text] * 3,
+    tokenizers.trainers.BpeTrainer(
+      vocab_size=140, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
+    ),
+  )
+  out = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=inner, bos_token="<s>", eos_token="</s>"
+  )
+  out.add_tokens(list(extra))
+  return out
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+  """Writes three models of different vocabularies; the base has rows that no token uses."""
+  root = tmp_path_factory.mktemp("models")
+  torch.manual_seed(0)
+  extras = {
+    "base": ["<base>"],
+    "other": [tokenizers.AddedToken("<other>", special=True), "<shared>"],
+    "third": ["<shared>"],
+  }
+  for name, text in TEXTS.items():
+    words = fast(text, extras[name])
+    words.chat_template = "{{ messages[0]['content'] }}" + ("" if name == "base" else " ")
+    rows = len(words) + (3 if name == "base" else 0)
+    config = transformers.LlamaConfig(**SIZES, vocab_size=rows, tie_word_embeddings=False)
+    transformers.LlamaForCausalLM(config).save_pretrained(root / name)
+    words.save_pretrained(root / name)
+  return root
+
+
+def theirs(config: dict, out: pathlib.Path) -> pathlib.Path:
+  """Runs mergekit."""
+  mk_merge.run_merge(
+    mk_config.MergeConfiguration.model_validate(config),
+    str(out),
+    mk_options.MergeOptions(copy_tokenizer=True, write_model_card=False, quiet=True),
+  )
+  return out
+
+
+CASES = {
+  "union": {"source": "union"},
+  "base": {"source": "base"},
+  "model": {"source": "third"},
+  "padded": {"source": "union", "pad_to_multiple_of": 16},
+  "tokens": {
+    "source": "union",
+    "tokens": {
+      "<shared>": {"source": "third", "force": True},
+      "<other>": {"source": {"kind": "zero"}},
+      "<new>": {"source": {"kind": "model_token", "model": "base", "token": "the"}},
+      "<id>": {"source": {"kind": "model_token", "model": "other", "token_id": 7}},
+    },
+  },
+}
+
+
+# Without a base, mergekit's "base" is any of the models, in the order of a hash table.
+@pytest.mark.parametrize(
+  ("name", "based"), [(n, b) for n in CASES for b in (True, False) if b or n != "base"]
+)
+def test_rows_of_a_merged_vocabulary(models, tmp_path, name, based):
+  given = {**CASES[name]}
+  weights = {"base": 0.5, "other": 0.3, "third": 0.9}
+  place = {n: str(models / n) for n in weights}
+  if given["source"] in place:
+    given["source"] = place[given["source"]]
+  tokens = {}
+  for word, value in given.get("tokens", {}).items():
+    source = value["source"]
+    if isinstance(source, str):
+      source = place[source]
+    elif "model" in source:
+      source = {**source, "model": place[source["model"]]}
+    tokens[word] = {**value, "source": source}
+  if tokens:
+    given["tokens"] = tokens
+  config = {
+    "merge_method": "task_arithmetic" if based else "linear",
+    "models": [{"model": place[n], "parameters": {"weight": w}} for n, w in weights.items()],
+    "dtype": "float32",
+    "tokenizer": given,
+  }
+  base = place["base"] if based else None
+  config |= {"base_model": base} if based else {"parameters": {"normalize": False}}
+  out = theirs(config, tmp_path / "out")
+  words = transformers.AutoTokenizer.from_pretrained(out).get_vocab()
+  plan = vocabulary.plan({d: d for d in place.values()}, base=base, **given)
+  assert set(plan.ids) == set(words)
+  got = raw.Directory(out)
+  assert got.config["vocab_size"] == plan.size
+  sources = {d: raw.Directory(d) for d in place.values()}
+  views = remapped.remap(plan, sources, base=base)
+  mine = np.asarray([i for w, i in plan.ids.items()])
+  theirs_at = np.asarray([words[w] for w in plan.ids])
+  for tensor in (EMBED, HEAD):
+    leaves = {n: views[d].leaf(tensor) for n, d in place.items()}
+    if based:
+      want = leaves["base"] + sum(
+        w * (leaves[n] - leaves["base"]) for n, w in weights.items() if n != "base"
+      )
+    else:
+      want = sum(w * leaves[n] for n, w in weights.items())
+    assert got.leaf(tensor).shape == want.shape
+    np.testing.assert_allclose(got.leaf(tensor)[theirs_at], want[mine], atol=1e-6)
+    np.testing.assert_allclose(got.leaf(tensor)[len(words) :], want[len(words) :], atol=1e-6)
+
+
+def test_a_joined_tokenizer_splits_as_theirs(models, tmp_path):
+  place = {n: str(models / n) for n in ("base", "other")}
+  config = {
+    "merge_method": "task_arithmetic",
+    "base_model": place["base"],
+    "models": [{"model": place["other"], "parameters": {"weight": 1.0}}],
+    "tokenizer_source": "union",
+  }
+  reference = transformers.AutoTokenizer.from_pretrained(theirs(config, tmp_path / "theirs"))
+  plan = vocabulary.plan({d: d for d in place.values()})
+  (tmp_path / "ours").mkdir()
+  for name, text in plan.files.items():
+    (tmp_path / "ours" / name).write_text(text)
+  ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+  for text in (*TEXTS.values(), "the <other> theory <shared><base> </s>"):
+    assert ours.tokenize(text) == reference.tokenize(text)
+    assert ours.decode(ours(text)["input_ids"]) == reference.decode(reference(text)["input_ids"])
+  assert ours.all_special_tokens == reference.all_special_tokens
+  assert ours.chat_template == reference.chat_template
+
+
+ROLES = (
+  "user", "user assistant", "system user", "system user assistant user", "user assistant user",
+  "user user_context assistant user", "user user", "assistant",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", chat_templates.TEMPLATES)
+def test_named_templates_render_as_theirs(name):
+  reference = importlib.resources.files(mk_templates).joinpath(f"{name}.jinja").read_text()
+  for roles in ROLES:
+    chat = [{"role": r, "content": f" text {i} \n"} for i, r in enumerate(roles.split())]
+    for prompt in (False, True):
+      assert render(chat_templates.resolve(name), chat, prompt) == render(reference, chat, prompt)
+
+
+def render(template, chat, prompt):
+  try:
+    texts, _ = chat_template_utils.render_jinja_template(
+      [chat],
+      chat_template=template,
+      add_generation_prompt=prompt,
+      bos_token="<s>",
+      eos_token="</s>",
+    )
+  except Exception as error:  # templates refuse chats by raising
+    return type(error).__name__
+  return texts[0]
+
+
+ADAPTERS = {
+  "plain": {"target_modules": ["q_proj", "up_proj"]},
+  "patterns": {
+    "target_modules": ["q_proj", "down_proj", "o_proj"],
+    "rank_pattern": {"down_proj": 3},
+    "alpha_pattern": {"layers.1.self_attn.q_proj": 5},
+    "use_rslora": True,
+  },
+  "embedding": {"target_modules": ["embed_tokens", "v_proj"]},
+  "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+  "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
+  "bias": {"target_modules": ["q_proj", "v_proj"], "bias": "all"},
+  "lora bias": {"target_modules": ["q_proj"], "lora_bias": True},
+  "conv": {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+  "conv dora": {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": True},
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_are_folded_in_as_peft_merges_them(tmp_path, name):
+  torch.manual_seed(1)
+  if "conv" in name:
+    config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+    model = transformers.GPT2LMHeadModel(config)
+  else:
+    config = transformers.LlamaConfig(
+      **SIZES, vocab_size=40, tie_word_embeddings=False, attention_bias="bias" in name
+    )
+    model = transformers.LlamaForCausalLM(config)
+  model.save_pretrained(tmp_path / "base")
+  wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=3, **ADAPTERS[name]))
+  with torch.no_grad():
+    for parameter in wrapped.parameters():
+      if parameter.requires_grad:
+        parameter.add_(0.1 * torch.randn_like(parameter))
+  wrapped.save_pretrained(tmp_path / "adapter")
+  fresh = type(model).from_pretrained(tmp_path / "base")
+  merged = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").merge_and_unload()
+  want = {k: v.numpy() for k, v in merged.state_dict().items()}
+  base = raw.Directory(tmp_path / "base")
+  ours = with_lora.WithLora(base, tmp_path / "adapter")
+  changed = 0
+  for tensor in ours.addresses():
+    np.testing.assert_allclose(ours.leaf(tensor), want[tensor], atol=2e-6)
+    changed += not np.array_equal(ours.leaf(tensor), base.leaf(tensor))
+  assert changed
