@@ -72,14 +72,30 @@ def write(
     "<h2>Lineage</h2>",
     _lineage(results),
   ]
-  text = (
+  path = pathlib.Path(workdir) / "report.html"
+  path.write_text(document(page["title"], body))
+  return path
+
+
+def document(title: str, body: Sequence[str]) -> str:
+  """Wrap HTML into a self-contained page.
+
+  Args:
+    title: of the page.
+    body: pieces of HTML.
+
+  Returns:
+    The page.
+
+  Example:
+    >>> document("a", ["<p>b</p>"]).startswith("<!doctype html>")
+    True
+  """
+  return (
     "<!doctype html><html lang=en><meta charset=utf-8>"
     "<meta name=viewport content='width=device-width, initial-scale=1'>"
-    f"<title>{_t(page['title'])}</title><style>{STYLE}</style>" + "\n".join(body) + "</html>\n"
+    f"<title>{_t(title)}</title><style>{STYLE}</style>" + "\n".join(body) + "</html>\n"
   )
-  path = pathlib.Path(workdir) / "report.html"
-  path.write_text(text)
-  return path
 
 
 def stage_table(results: Sequence[Result]) -> str:
@@ -200,7 +216,7 @@ def _curves(results: Mapping[str, Result], section: Mapping[str, Any]) -> str:
   ax.set_ylabel("training loss, smoothed (nats per token)")
   ax.legend(frameon=False)
   _bare(ax)
-  return _figure(fig, section["heading"]) + _findings(results, section)
+  return figure(fig, section["heading"]) + _findings(results, section)
 
 
 def _table(results: Mapping[str, Result], section: Mapping[str, Any]) -> str:
@@ -230,7 +246,7 @@ def _histograms(results: Mapping[str, Result], section: Mapping[str, Any]) -> st
     ax.set_yscale("log")
     _bare(ax)
   fig.supxlabel(f"weights of {results[names[0]]['histogram']['address']}", fontsize=10)
-  return _figure(fig, section["heading"])
+  return figure(fig, section["heading"])
 
 
 def _trees(results: Mapping[str, Result], section: Mapping[str, Any]) -> str:
@@ -317,7 +333,16 @@ def _bare(ax: Any) -> None:
   ax.set_axisbelow(True)
 
 
-def _figure(fig: Any, alt: str) -> str:
+def figure(fig: Any, alt: str) -> str:
+  """Embed a figure and close it.
+
+  Args:
+    fig: matplotlib figure.
+    alt: what it shows, for who cannot see it.
+
+  Returns:
+    HTML.
+  """
   fig.tight_layout()
   buffer = io.BytesIO()
   fig.savefig(buffer, format="png", dpi=130)

@@ -9,7 +9,12 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LAUNCHERS = {"quickstart": "run", "directions": "directions", "facts": "train_facts"}
+LAUNCHERS = {
+  "directions": "directions",
+  "facts": "train_facts",
+  "merge_bench": "merge_bench",
+  "quickstart": "run",
+}
 
 
 def test_every_config_has_a_launcher():

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small distinct language tasks that need no download, for experts that are merged afterwards.
 
-Two are real text (the standard library's code and prose), two are registers (prose rewritten as
-telegrams, weather bulletins from a grammar), four have one right answer (addition, sorting,
-reversing, and facts about invented countries, which can only be memorised); two more, recipes and
-subtraction, are for held-out generalisation. Text is bytes, so every task shares one vocabulary.
+Two are real text (the standard library's code and prose), three are registers (prose rewritten as
+telegrams, weather bulletins and recipes from a grammar), and the rest have one right answer:
+counting, addition, subtraction, sorting, capitals, and facts about invented countries, which can
+only be memorised. Text is bytes, so every task shares one vocabulary.
 """
 
 import random
@@ -180,9 +180,14 @@ def _sort(rng: random.Random) -> tuple[str, str]:
   return f"sort {''.join(letters)}: ", "".join(sorted(letters))
 
 
-def _reverse(rng: random.Random) -> tuple[str, str]:
-  letters = [rng.choice("abcdefghijklmnop") for _ in range(5)]
-  return f"reverse {''.join(letters)}: ", "".join(reversed(letters))
+def _capitals(rng: random.Random) -> tuple[str, str]:
+  letters = "".join(rng.choice("abcdefghijklmnop") for _ in range(4))
+  return f"capitals {letters}: ", letters.upper()
+
+
+def _count(rng: random.Random) -> tuple[str, str]:
+  n = rng.randint(0, 9998)
+  return f"after {n} comes ", str(n + 1)
 
 
 def _countries(seed: int) -> list[list[tuple[str, str]]]:
@@ -221,10 +226,11 @@ TASKS: dict[str, Callable[[int], list]] = {
   "telegram": _text("prose", _telegram),
   "weather": _grammar(_weather),
   "recipes": _grammar(_recipe),
+  "counting": _pairs(_count),
   "addition": _pairs(_add),
   "subtraction": _pairs(_subtract),
   "sorting": _pairs(_sort),
-  "reversing": _pairs(_reverse),
+  "capitals": _pairs(_capitals),
   "facts": _countries,
 }
 

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which merge to pick? Experts on small real tasks, merged by every method (after MergeBench).
+
+Expected, and checked by the report's claims: tuned task arithmetic has its best λ inside the grid
+and collapses at λ = 1 as experts are added; a task's own TALL mask nearly restores its expert;
+RegMean++ >= RegMean >= average; AdaMerging by layer >= by task; DARE at a keep rate of 0.1 needs
+its rescaling; a stronger base merges better. What held is in `docs/merge_bench.md`.
+
+Cost: about half an hour a seed on two CPU cores, two minutes on an H200. Command:
+python -P -m treesurgeon.experiments.merge_bench --config=configs/merge_bench.py --workdir=DIR
+
+Variants: `:smoke` runs everything at toy size; `:digits` is the same on handwritten digits.
+"""
+
+import ml_collections
+
+TASKS = ("counting", "sorting", "telegram", "facts", "capitals", "weather", "code", "prose")
+HELD_OUT = ("recipes",)
+# What the base is trained on: text, and a taste of everything but the facts, which only an expert
+# can know.
+MIXTURE = {
+  "code": 0.3, "prose": 0.3, "telegram": 0.04, "weather": 0.05, "recipes": 0.05,
+  "counting": 0.09, "sorting": 0.09, "capitals": 0.08,
+}  # fmt: skip
+LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+SCALES = (0.3, 0.5, 0.7, 1.0, 1.5)
+
+
+def methods() -> dict:
+  """List the methods: a transform with a place for its searched hyper-parameter.
+
+  Returns:
+    Name to settings: "transform", "grid"; "per_task" where each task has a model of its own.
+  """
+  out = {
+    "average": {"transform": "merge.task_arithmetic(normalize=True)"},
+    "task arithmetic": {"transform": "merge.task_arithmetic(lam={x})", "grid": LAMBDAS},
+    "TIES": {"transform": "merge.ties(density=0.2, lam={x})", "grid": SCALES},
+    "DARE": {
+      "transform": "merge.dare_linear(density=0.1, lam={x}, rescale='expected')", "grid": LAMBDAS,
+    },
+    "DARE, not rescaled": {
+      "transform": "merge.dare_linear(density=0.1, lam={x}, rescale='none')", "grid": LAMBDAS,
+    },
+    "DARE TIES": {"transform": "merge.dare_ties(density=0.5, lam={x})", "grid": SCALES},
+    "DELLA": {"transform": "merge.della(density=0.5, lam={x})", "grid": SCALES},
+    "breadcrumbs": {"transform": "merge.breadcrumbs(density=0.9, lam={x})", "grid": LAMBDAS},
+    "consensus": {"transform": "merge.consensus(lam={x})", "grid": LAMBDAS},
+    "PCB": {"transform": "merge.pcb(lam={x})", "grid": SCALES},
+    "model stock": {"transform": "merge.model_stock()"},
+    "SCE": {"transform": "merge.sce()"},
+    "Karcher": {"transform": "merge.karcher()"},
+    "TSV": {"transform": "merge.tsv_merge(lam={x})", "grid": SCALES},
+    "ISO-C": {"transform": "merge.iso_c(lam={x})", "grid": SCALES},
+    "WUDI": {"transform": "merge.wudi()"},
+    "OptMerge": {"transform": "merge.optmerge(lam={x})", "grid": LAMBDAS},
+    "OPCM": {"transform": "merge.opcm()"},
+    "EMR": {"transform": "merge.emr(task={task})", "per_task": True},
+    "TALL masks": {"transform": "merge.tall_masks(task={task})", "per_task": True},
+    "Fisher": {"transform": "merge.fisher()"},
+    "RegMean": {"transform": "merge.regmean()"},
+    "RegMean++": {"transform": "merge.regmean_pp()"},
+    "AdaMerging, by task": {"transform": "merge.adamerging(granularity='task')"},
+    "AdaMerging, by layer": {"transform": "merge.adamerging(granularity='layer')"},
+    "aTLAS": {"transform": "merge.atlas()"},
+    "learned soup": {"transform": "merge.soup_learned()"},
+  }  # fmt: skip
+  return out
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  """Build the config.
+
+  Args:
+    arg: None, "smoke" for toy size, "digits" for the classifier.
+
+  Returns:
+    "default" factors, "cells" that change some of them, "methods", "seeds".
+  """
+  if arg not in (None, "smoke", "digits"):
+    raise ValueError(f"the merge benchmark has no variant {arg!r}; it has smoke and digits")
+  default = {
+    "suite": "language",
+    "tasks": TASKS,
+    "held_out": HELD_OUT,
+    "mixture": MIXTURE,
+    "experts": 4,
+    "items": 192,
+    "length": 48,
+    "spec": {"d_model": 64, "num_layers": 2, "num_heads": 4, "d_ff": 256},
+    "base": {"steps": 2500, "lr": 4e-3, "batch": 24},
+    "tuning": "full",
+    "full": {"steps": 250, "lr": 1e-3, "batch": 24},
+    "lora": {"steps": 250, "lr": 4e-3, "batch": 24, "rank": 8},
+  }
+  cells: dict = {
+    "default": {},
+    "2 experts": {"experts": 2},
+    "8 experts": {"experts": 8},
+    "weak base": {"base": {**default["base"], "steps": 600}},
+    "small": {"spec": {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 128}},
+    "LoRA": {"tuning": "lora"},
+  }
+  seeds = (0, 1, 2)
+  if arg == "smoke":
+    short = {"steps": 3, "lr": 1e-3, "batch": 4}
+    default |= {"spec": {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64}, "items": 8,
+                "experts": 2, "base": short, "full": short, "length": 48,
+                "lora": {**short, "rank": 2}}  # fmt: skip
+    cells = {"default": {}, "LoRA": {"tuning": "lora"}}
+    seeds = (0,)
+  return ml_collections.ConfigDict(
+    {"default": default, "cells": cells, "methods": methods(), "seeds": seeds},
+    convert_dict=True,
+  )
