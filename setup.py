@@ -35,6 +35,7 @@ REQUIRES = [
   "PyYAML>=6.0",
   "rich>=13.7",
   "safetensors>=0.5",
+  "scipy>=1.14",
   "tensorboardX>=2.6.2",
   "tokenizers>=0.21",
 ]
@@ -47,14 +48,13 @@ TEST = [
   "hypothesis>=6.100",
   "pytest>=8.3",
   "pytest-xdist>=3.6",
-  "scipy>=1.14",
   "setuptools>=77",
 ]
 
 EXTRAS = {
   "test": TEST + TPU,
   "dev": [*TEST, *TPU, "pre-commit>=4.0", "pyright[nodejs]>=1.1.400", "ruff>=0.12"],
-  "eval": ["lm-eval>=0.4.9"],
+  "eval": ["lm-eval>=0.4.9", "scikit-learn>=1.5"],
   "tpu": TPU,
   # Other people's implementations, used as oracles by tests/peers and never by the library.
   "peers": [

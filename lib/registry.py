@@ -119,6 +119,58 @@ TABLE: dict[str, Entry] = {
     command=_DIRECTIONS,
     note="the variant the paper finds worse than stacking, and so it is here",
   ),
+  "merge.adamerging": Entry(
+    factory="treesurgeon.merge.adamerging:adamerging",
+    paper="Yang et al., AdaMerging: Adaptive model merging for multi-task learning, 2023, "
+    "arXiv 2310.02575",
+    oracle="tests/merge/adamerging_test.py",
+    note="task-wise, by layer or by tensor (the paper's layer-wise); density=0.2 is AdaMerging++",
+  ),
+  "merge.atlas": Entry(
+    factory="treesurgeon.merge.atlas:atlas",
+    paper="Zhang et al., Knowledge composition using task vectors with learned anisotropic "
+    "scaling, 2024, arXiv 2407.02880",
+    oracle="tests/merge/atlas_test.py",
+    note="recovers planted coefficients; the coefficients alone are a file, so it is a "
+    "parameter-efficient fine-tuning method too; pseudo-labels by augmentation are left out",
+  ),
+  "merge.breadcrumbs": Entry(
+    factory="treesurgeon.merge.breadcrumbs:breadcrumbs",
+    paper="Davari and Belilovsky, Model Breadcrumbs, 2023, arXiv 2312.06795",
+    oracle="tests/merge/breadcrumbs_test.py",
+    note="equals mergekit 0.1.5 to the bit, but for ties at a cut, tests/peers/merge_sparse_test.py; the "
+    "authors' cut by row with granularity='row'",
+  ),
+  "merge.breadcrumbs_ties": Entry(
+    factory="treesurgeon.merge.breadcrumbs:breadcrumbs_ties",
+    paper="Davari and Belilovsky, Model Breadcrumbs, 2023, arXiv 2312.06795",
+    oracle="tests/merge/breadcrumbs_test.py",
+    note="equals mergekit 0.1.5 to the bit, but for ties at a cut, tests/peers/merge_sparse_test.py",
+  ),
+  "merge.dare_linear": Entry(
+    factory="treesurgeon.merge.dare:dare_linear",
+    paper="Yu et al., Language models are Super Mario (DARE), 2023, arXiv 2311.03099",
+    oracle="tests/merge/dare_test.py",
+    note="with mergekit 0.1.5's masks equals it, tests/peers/merge_sparse_test.py; rescale='l1' is its",
+  ),
+  "merge.dare_ties": Entry(
+    factory="treesurgeon.merge.dare:dare_ties",
+    paper="Yu et al., Language models are Super Mario (DARE), 2023, arXiv 2311.03099",
+    oracle="tests/merge/dare_test.py",
+    note="with mergekit 0.1.5's masks equals it, tests/peers/merge_sparse_test.py; rescale='l1' is its",
+  ),
+  "merge.della": Entry(
+    factory="treesurgeon.merge.della:della",
+    paper="Deep et al., DELLA-Merging, 2024, arXiv 2406.11617",
+    oracle="tests/merge/della_test.py",
+    note="with mergekit 0.1.5's masks equals it, tests/peers/merge_sparse_test.py; rescale='l1' is its",
+  ),
+  "merge.della_linear": Entry(
+    factory="treesurgeon.merge.della:della_linear",
+    paper="Deep et al., DELLA-Merging, 2024, arXiv 2406.11617",
+    oracle="tests/merge/della_test.py",
+    note="with mergekit 0.1.5's masks equals it, tests/peers/merge_sparse_test.py; rescale='l1' is its",
+  ),
   "merge.fisher": Entry(
     factory="treesurgeon.merge.fisher:fisher",
     paper="Matena and Raffel, Merging models with Fisher-weighted averaging, 2021, "

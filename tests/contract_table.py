@@ -106,6 +106,26 @@ ROWS = (
   Row("edit.unlearn.task_negation", neutral={"scale": 0.0}, commutes=True),
   Row("grow.g_stack", {"growth": 2}, {"growth": 1}),
   Row("grow.interpolate", {"growth": 2}, {"growth": 1}),
+  Row(
+    "merge.adamerging",
+    {"steps": 2},
+    {"init": 0.0, "steps": 0},
+    commutes=True,
+    reduces=True,
+  ),
+  Row(
+    "merge.atlas",
+    {"steps": 2, "rate": 0.01},
+    {"steps": 0},
+    commutes=True,
+    reduces=True,
+  ),
+  Row("merge.breadcrumbs", {"density": 0.3}, {"lam": 0.0}, commutes=True),
+  Row("merge.breadcrumbs_ties", {"density": 0.3}, {"lam": 0.0}, commutes=True),
+  Row("merge.dare_linear", {"density": 0.5}, {"lam": 0.0}),
+  Row("merge.dare_ties", {"rescale": "l1"}, {"lam": 0.0}, reduces=True),
+  Row("merge.della", neutral={"lam": 0.0}),
+  Row("merge.della_linear", {"rescale": "l1"}, {"lam": 0.0}, reduces=True),
   Row("merge.fisher", {"floor": 1e-9}, {"lam": 0.0}, commutes=True, reduces=True),
   Row("merge.iso_c", {"lam": 0.5}, {"lam": 0.0}, commutes=True, reduces=True),
   Row("merge.iso_cts", {"common": 0.5}, {"lam": 0.0}, commutes=True, reduces=True),
@@ -122,6 +142,12 @@ ROWS = (
 EXTRA = (
   # Settings whose code path differs enough to hold the laws by itself.
   Row("compress.prune.wanda", {"pattern": "2:4", "packed": True}, {"pattern": "4:4"}),
+  Row(
+    "merge.breadcrumbs",
+    {"density": 0.3, "gamma": 0.1, "granularity": "row"},
+    {"lam": 0.0},
+    commutes=True,
+  ),
   Row("merge.fisher", {"normalize": True}, {"lam": 0.0}, commutes=True, reduces=True),
   Row("merge.ties", {"density": 0.3, "granularity": "global"}, {"lam": 0.0}, commutes=True),
   Row(
@@ -131,7 +157,13 @@ EXTRA = (
     commutes=True,
     reduces=True,
   ),
-  Row("merge.wudi", {"solver": "closed"}, {"lam": 0.0}, commutes=True, reduces=True),
+  Row(
+    "merge.wudi",
+    {"solver": "closed", "time": 10.0},
+    {"lam": 0.0},
+    commutes=True,
+    reduces=True,
+  ),
 )
 
 SPEC = models.Spec(vocab_size=32, d_model=16, num_layers=2, num_heads=2, d_ff=32, max_positions=32)

@@ -229,9 +229,10 @@ def check_alike(base: needs.Source, other: needs.Source, role: str) -> None:
     ValueError: naming the first difference.
   """
   mine, theirs = base.spec, other.spec
-  if mine is not None and theirs is not None and mine.vocab_size != theirs.vocab_size:
+  rows = [getattr(s, "vocab_size", None) for s in (mine, theirs)]  # classifiers have none
+  if None not in rows and rows[0] != rows[1]:
     raise ValueError(
-      f"{role} has a vocabulary of {theirs.vocab_size} tokens, the base has {mine.vocab_size}; "
+      f"{role} has a vocabulary of {rows[1]} tokens, the base has {rows[0]}; "
       "give the models one tokenizer before merging"
     )
   a, b = set(base.addresses()), set(other.addresses())
