@@ -138,38 +138,38 @@ TABLE: dict[str, Entry] = {
     factory="treesurgeon.merge.breadcrumbs:breadcrumbs",
     paper="Davari and Belilovsky, Model Breadcrumbs, 2023, arXiv 2312.06795",
     oracle="tests/merge/breadcrumbs_test.py",
-    note="equals mergekit 0.1.5 to the bit, but for ties at a cut, tests/peers/merge_sparse_test.py; the "
-    "authors' cut by row with granularity='row'",
+    note="equals mergekit 0.1.5 to the bit but for ties at a cut, tests/peers/merge_sparse_test.py; "
+    "the authors' cut by row with granularity='row'",
   ),
   "merge.breadcrumbs_ties": Entry(
     factory="treesurgeon.merge.breadcrumbs:breadcrumbs_ties",
     paper="Davari and Belilovsky, Model Breadcrumbs, 2023, arXiv 2312.06795",
     oracle="tests/merge/breadcrumbs_test.py",
-    note="equals mergekit 0.1.5 to the bit, but for ties at a cut, tests/peers/merge_sparse_test.py",
+    note="equals mergekit 0.1.5 to the bit but for ties at a cut, tests/peers/merge_sparse_test.py",
   ),
   "merge.dare_linear": Entry(
     factory="treesurgeon.merge.dare:dare_linear",
     paper="Yu et al., Language models are Super Mario (DARE), 2023, arXiv 2311.03099",
     oracle="tests/merge/dare_test.py",
-    note="with mergekit 0.1.5's masks equals it, tests/peers/merge_sparse_test.py; rescale='l1' is its",
+    note="given its masks, equals mergekit 0.1.5 with rescale='l1', tests/peers/merge_sparse_test.py",
   ),
   "merge.dare_ties": Entry(
     factory="treesurgeon.merge.dare:dare_ties",
     paper="Yu et al., Language models are Super Mario (DARE), 2023, arXiv 2311.03099",
     oracle="tests/merge/dare_test.py",
-    note="with mergekit 0.1.5's masks equals it, tests/peers/merge_sparse_test.py; rescale='l1' is its",
+    note="given its masks, equals mergekit 0.1.5 with rescale='l1', tests/peers/merge_sparse_test.py",
   ),
   "merge.della": Entry(
     factory="treesurgeon.merge.della:della",
     paper="Deep et al., DELLA-Merging, 2024, arXiv 2406.11617",
     oracle="tests/merge/della_test.py",
-    note="with mergekit 0.1.5's masks equals it, tests/peers/merge_sparse_test.py; rescale='l1' is its",
+    note="given its masks, equals mergekit 0.1.5 with rescale='l1', tests/peers/merge_sparse_test.py",
   ),
   "merge.della_linear": Entry(
     factory="treesurgeon.merge.della:della_linear",
     paper="Deep et al., DELLA-Merging, 2024, arXiv 2406.11617",
     oracle="tests/merge/della_test.py",
-    note="with mergekit 0.1.5's masks equals it, tests/peers/merge_sparse_test.py; rescale='l1' is its",
+    note="given its masks, equals mergekit 0.1.5 with rescale='l1', tests/peers/merge_sparse_test.py",
   ),
   "merge.fisher": Entry(
     factory="treesurgeon.merge.fisher:fisher",

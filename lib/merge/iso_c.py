@@ -60,8 +60,8 @@ def flatten_spectrum(
   tau = subspaces.task_vectors(w, donors, weights)
   if not matrix or w.ndim != 2:
     return subspaces.added(w, tau.mean(axis=0), lam)
-  u, s, vt = subspaces.svd(tau.sum(axis=0))
-  return subspaces.added(w, _live_mean(s) * subspaces.matmul(u, vt), lam)
+  u, s, v = subspaces.svd(tau.sum(axis=0))
+  return subspaces.added(w, _live_mean(s) * subspaces.matmul(u, v.T), lam)
 
 
 def flatten_common_and_task(
@@ -105,12 +105,12 @@ def flatten_common_and_task(
   r, count = min(w.shape), len(donors)
   each = min(round((r - int(r * common)) / count), r // count)
   shared = r - each * count
-  u, s, vt = (x[..., :shared] for x in _columns(*subspaces.svd(tau.sum(axis=0))))
+  u, s, v = (x[..., :shared] for x in subspaces.svd(tau.sum(axis=0)))
   outside = tau - subspaces.einsum("mk,lk,tln->tmn", u, u, tau)
   own = subspaces.svd(outside, jnp.sqrt(jnp.square(tau).sum(axis=(1, 2))))
-  own_u, own_s, own_v = (x[..., :each] for x in _columns(*own))
+  own_u, own_s, own_v = (x[..., :each] for x in own)
   left = subspaces.polar(jnp.concatenate([u, subspaces.side_by_side(own_u)], axis=1))
-  right = subspaces.polar(jnp.concatenate([vt, subspaces.side_by_side(own_v)], axis=1))
+  right = subspaces.polar(jnp.concatenate([v, subspaces.side_by_side(own_v)], axis=1))
   sigma = _live_mean(jnp.concatenate([s, own_s.reshape(-1)]))
   merged = sigma * subspaces.matmul(left, right.T)
   return subspaces.added(w, subspaces.oriented(merged, axis), lam)
@@ -204,11 +204,6 @@ def _lift(
     domain=".*",
     wants={"donors": needs.Donors(tuple(models))},
   )
-
-
-def _columns(u: jax.Array, s: jax.Array, vt: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Turn Vᵀ so that the last axis counts directions in all three."""
-  return u, s, jnp.swapaxes(vt, -1, -2)
 
 
 def _live_mean(s: jax.Array) -> jax.Array:

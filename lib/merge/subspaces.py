@@ -96,7 +96,7 @@ def oriented(x: Float[Array, "*batch a b"], axis: int) -> Float[Array, "*batch c
 
 def svd(
   x: Float[Array, "*batch m n"], scale: Float[Array, "*batch"] | None = None
-) -> tuple[Float[Array, "*batch m r"], Float[Array, "*batch r"], Float[Array, "*batch r n"]]:
+) -> tuple[Float[Array, "*batch m r"], Float[Array, "*batch r"], Float[Array, "*batch n r"]]:
   """Decompose matrices into U diag(s) Vᵀ with all null directions set to zero.
 
   Args:
@@ -104,7 +104,7 @@ def svd(
     scale: what counts as one when zero is told from rounding; None means the largest s.
 
   Returns:
-    (U, s, Vᵀ), r the smaller side; columns of U and rows of Vᵀ of null directions are zero.
+    (U, s, V), r the smaller side; in U and V columns of null directions are zero.
 
   Example:
     >>> svd(jnp.array([[2.0, 0.0], [0.0, 0.0]]))[1].tolist()
@@ -114,7 +114,7 @@ def svd(
   one = s[..., :1] if scale is None else scale[..., None]
   least = 4 * jnp.finfo(jnp.float32).eps * max(x.shape[-2:]) ** 0.5 * one
   live = jnp.where(s > least, 1.0, 0.0)
-  return u * live[..., None, :], s * live, vt * live[..., :, None]
+  return u * live[..., None, :], s * live, jnp.swapaxes(vt, -1, -2) * live[..., None, :]
 
 
 def polar(x: Float[Array, "m n"]) -> Float[Array, "m n"]:
@@ -130,8 +130,8 @@ def polar(x: Float[Array, "m n"]) -> Float[Array, "m n"]:
     >>> polar(jnp.array([[3.0, 0.0], [0.0, 0.5]])).round(3).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
   """
-  u, _, vt = svd(x)
-  return matmul(u, vt)
+  u, _, v = svd(x)
+  return matmul(u, v.T)
 
 
 def side_by_side(x: Float[Array, "donors m k"]) -> Float[Array, "m columns"]:

@@ -59,9 +59,9 @@ def merge_singular_vectors(
   if not matrix or w.ndim != 2:
     return subspaces.added(w, tau.mean(axis=0), lam)
   k = max(1, min(w.shape) // len(donors))
-  u, s, vt = subspaces.svd(tau)
+  u, s, v = subspaces.svd(tau)
   left = subspaces.polar(subspaces.side_by_side(u[:, :, :k]))
-  right = subspaces.polar(subspaces.side_by_side(vt[:, :k].swapaxes(1, 2)))
+  right = subspaces.polar(subspaces.side_by_side(v[:, :, :k]))
   merged = subspaces.matmul(left * s[:, :k].reshape(1, -1), right.T)
   return subspaces.added(w, merged, lam)
 
