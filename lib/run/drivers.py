@@ -19,7 +19,7 @@ import numpy as np
 
 from treesurgeon.core import lineage, meshes, needs, paths, step
 from treesurgeon.core import model as model_lib
-from treesurgeon.run import blockwise, collect, progress
+from treesurgeon.run import blockwise, collect, pipeline, progress
 
 
 @runtime_checkable
@@ -142,18 +142,34 @@ def stream(
     for one in transform
   ]
   notes: list[dict[str, Any]] = [{} for _ in transform]
-  for group in progress.track(groups, "leaves"):
+
+  def read(group: tuple[str, ...]) -> tuple[model_lib.Part, list[needs.Evidence]] | None:
     if all(sink.done(a) for a in group):
-      continue
+      return None
     part = model_lib.Part(source.spec, {a: source.leaf(a) for a in group})
     check_finite(part.params.items(), "in the base model")
-    for i, one in enumerate(transform):
-      before, part = part, one.apply(part, donors[i], _key(seed, i))
-      check_finite(blockwise.changes(before, part).items(), f"after {one!r}")
-      notes[i] = blockwise.merged(notes[i], part.aux.get("notes", {}))
-      part = part.replace(aux={})
+    evidence = [
+      {n: {a: d[a] for a in group if a in changed[i]} for n, d in donors[i].items()}
+      for i in range(len(transform))
+    ]
+    return part, evidence
+
+  def write(group: tuple[str, ...], part: model_lib.Part) -> None:
     for address in group:
       sink.write(address, part.leaf(address))
+
+  changed = [{a for unit in one.units(names) for a in unit} for one in transform]
+  with pipeline.Pipeline(read, write, groups) as line:
+    for group, item in progress.track(line, "leaves"):
+      if item is None:
+        continue
+      part, evidence = item
+      for i, one in enumerate(transform):
+        before, part = part, one.apply(part, evidence[i], _key(seed, i))
+        check_finite(blockwise.changes(before, part).items(), f"after {one!r}")
+        notes[i] = blockwise.merged(notes[i], part.aux.get("notes", {}))
+        part = part.replace(aux={})
+      line.put(group, part)
   bare = model_lib.Model(source.spec, {})
   for i, one in enumerate(transform):
     bare = bare.replace(aux={"notes": notes[i]})

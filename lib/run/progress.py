@@ -2,7 +2,7 @@
 """A progress bar for whoever watches: on the first process, and only on a terminal."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import TypeVar
 
 import jax
@@ -11,7 +11,7 @@ from rich import console, progress
 T = TypeVar("T")
 
 
-def track(items: Sequence[T], what: str) -> Iterator[T]:
+def track(items: Collection[T], what: str) -> Iterator[T]:
   """Iterate with a progress bar on standard error.
 
   Args:
