@@ -10,11 +10,12 @@ import importlib
 import os
 import pathlib
 import sys
+import types
 from collections.abc import Sequence
 
 from absl import flags
 
-COMMANDS = ("apply", "merge", "eval", "inspect", "export", "list")
+COMMANDS = ("apply", "merge", "extract-lora", "eval", "inspect", "export", "list")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,7 +51,7 @@ def run(argv: list[str]) -> int:
     near = difflib.get_close_matches(command, COMMANDS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
     return _fail(f"unknown command {command!r}; {hint}")
-  module = importlib.import_module(f"treesurgeon.cli.{'list_' if command == 'list' else command}")
+  module = _module(command)
   values = flags.FlagValues()
   flags.DEFINE_bool("debug", False, "Show the traceback of a mistake.", flag_values=values)
   module.define(values, rest)
@@ -119,6 +120,11 @@ def _parse(values: flags.FlagValues, command: str, rest: list[str]) -> list[str]
     raise ValueError(f"--config: {error.args[0] if error.args else error}") from error
 
 
+def _module(command: str) -> types.ModuleType:
+  name = "list_" if command == "list" else command.replace("-", "_")
+  return importlib.import_module(f"treesurgeon.cli.{name}")
+
+
 def _fail(message: str) -> int:
   print(f"treesurgeon: {' '.join(message.split())}", file=sys.stderr)
   return 2
@@ -127,7 +133,6 @@ def _fail(message: str) -> int:
 def _usage() -> str:
   lines = ["usage: treesurgeon COMMAND [FLAGS]", ""]
   for command in COMMANDS:
-    module = importlib.import_module(f"treesurgeon.cli.{'list_' if command == 'list' else command}")
-    lines.append(f"  {command:8} {(module.__doc__ or '').strip().splitlines()[0]}")
+    lines.append(f"  {command:12} {(_module(command).__doc__ or '').strip().splitlines()[0]}")
   lines += ["", "treesurgeon COMMAND --help shows a command's flags."]
   return "\n".join(lines)

@@ -43,6 +43,11 @@ class Words(NamedTuple):
   added: Mapping[int, tokenizers.AddedToken]
   rows: int | None
 
+  @property
+  def tokenizer(self) -> tokenizers.Tokenizer:
+    """Read the tokenizer itself, every token included."""
+    return tokenizers.Tokenizer.from_file(str(self.directory / tokenizer.FILE))
+
   def holds(self, i: int) -> bool:
     """Tell whether the model has an embedding for an id."""
     return self.rows is None or i < self.rows

@@ -109,7 +109,7 @@ def plan(
         f"tokenizer source {source!r} has no tokenizer.json; valid are union, base, or a model: "
         f"{', '.join(directories)}"
       )
-    out = tokenizers.Tokenizer.from_file(str(given.directory / "tokenizer.json"))
+    out = given.tokenizer
   settings = {t: _token(t, v, words) for t, v in (tokens or {}).items()}
   known = out.get_vocab(with_added_tokens=True)
   out.add_tokens([tokenizers.AddedToken(t, special=False) for t in settings if t not in known])

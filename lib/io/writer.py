@@ -33,6 +33,7 @@ class Writer:
     job: fingerprint of everything the tensors depend on; a run with the fingerprint of a killed
       one resumes it. None always starts afresh.
     header_bytes: room kept for each shard's header; a full one begins a new shard.
+    single: name of the file if there is only one.
 
   Attributes:
     stage: the working directory, for further files of the output.
@@ -58,11 +59,13 @@ class Writer:
     overwrite: bool = False,
     job: str | None = None,
     header_bytes: int = 1 << 16,
+    single: str = safetensors.SINGLE,
   ):
     if max_shard_bytes <= 0:
       raise ValueError(f"max_shard_bytes={max_shard_bytes} must be positive, such as 5e9")
     self._max, self._header_bytes = int(max_shard_bytes), -(-header_bytes // 8) * 8
     self._job = None if job is None else f"{job} {self._max} {self._header_bytes}"
+    self._single = single
     self.notes: dict[str, Any] = {}
     self._shards: list[dict[str, Any]] = []
     self._finished: set[str] = set()
@@ -124,7 +127,7 @@ class Writer:
       if self._open or not self._shards:
         self._finish()
     n = len(self._shards)
-    names = [safetensors.SINGLE] if n == 1 else [
+    names = [self._single] if n == 1 else [
       f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)
     ]  # fmt: skip
     paths = [self.stage.path / s["file"] for s in self._shards]

@@ -13,13 +13,16 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from click import testing
 from mergekit import config as mk_config
 from mergekit import merge as mk_merge
 from mergekit import options as mk_options
 from mergekit._data import chat_templates as mk_templates
+from mergekit.scripts import extract_lora as mk_extract
 from transformers.utils import chat_template_utils
 
-from treesurgeon.io import chat_templates, raw, remapped, vocabulary, with_lora
+from treesurgeon.adapt import extract
+from treesurgeon.io import chat_templates, raw, remapped, safetensors, vocabulary, with_lora
 
 transformers.logging.set_verbosity_error()
 
@@ -252,3 +255,85 @@ def test_adapters_are_folded_in_as_peft_merges_them(tmp_path, name):
     np.testing.assert_allclose(ours.leaf(tensor), want[tensor], atol=2e-6)
     changed += not np.array_equal(ours.leaf(tensor), base.leaf(tensor))
   assert changed
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+  """Writes a base, a fine-tune of everything, and one of rank 2 in two kinds of weights."""
+  root = tmp_path_factory.mktemp("tuned")
+  torch.manual_seed(2)
+  config = transformers.LlamaConfig(**SIZES, vocab_size=40, tie_word_embeddings=False)
+  model = transformers.LlamaForCausalLM(config)
+  model.save_pretrained(root / "base")
+  state = {k: v.clone() for k, v in model.state_dict().items()}
+  model.load_state_dict({k: v + 0.02 * torch.randn_like(v) for k, v in state.items()})
+  model.save_pretrained(root / "all")
+  planted = {k: v.clone() for k, v in state.items()}
+  for name, w in planted.items():
+    if "q_proj" in name or "down_proj" in name:
+      w += 0.1 * torch.randn(w.shape[0], 2) @ torch.randn(2, w.shape[1])
+  model.load_state_dict(planted)
+  model.save_pretrained(root / "planted")
+  return root
+
+
+def logits(model):
+  with torch.no_grad():
+    return model(torch.arange(20).reshape(2, 10)).logits.numpy()
+
+
+def adapted(root, adapter):
+  """Loads the base and an adapter with peft, which must use every tensor of the file."""
+  fresh = transformers.LlamaForCausalLM.from_pretrained(root / "base")
+  model = peft.PeftModel.from_pretrained(fresh, adapter)
+  held = peft.get_peft_model_state_dict(model)
+  stored = safetensors.open_file(adapter / with_lora.WEIGHTS)
+  absent = [n for n in stored if n not in held and ".bias" not in n]
+  assert not absent, absent
+  return model
+
+
+def test_extracted_adapters_approach_the_fine_tune_in_peft(tuned, tmp_path):
+  base, full = raw.Directory(tuned / "base"), raw.Directory(tuned / "all")
+  want = logits(transformers.LlamaForCausalLM.from_pretrained(tuned / "all"))
+  distances = []
+  for rank in (1, 6, 16):
+    extract.extract(base, full, tmp_path / str(rank), max_rank=rank)
+    distances.append(np.abs(logits(adapted(tuned, tmp_path / str(rank))) - want).max())
+  assert distances[0] > distances[1] > distances[2] and distances[2] < 1e-5
+
+
+def test_a_planted_rank_is_recovered_in_peft(tuned, tmp_path):
+  base, planted = raw.Directory(tuned / "base"), raw.Directory(tuned / "planted")
+  done = extract.extract(base, planted, tmp_path / "out", max_rank=8, epsilon=1e-4)
+  assert set(done.ranks.values()) == {2} and len(done.ranks) == 4 and not done.saved
+  merged = adapted(tuned, tmp_path / "out").merge_and_unload().state_dict()
+  for name in planted.addresses():
+    np.testing.assert_allclose(merged[name], planted.leaf(name), atol=1e-5)
+
+
+def test_factors_are_those_of_mergekit(tuned, tmp_path):
+  arguments = [
+    "--model", str(tuned / "all"), "--base-model", str(tuned / "base"),
+    "--out-path", str(tmp_path / "theirs"), "--max-rank", "5",
+  ]  # fmt: skip
+  result = testing.CliRunner().invoke(mk_extract.main, arguments, catch_exceptions=False)
+  assert result.exit_code == 0, result.output
+  extract.extract(
+    raw.Directory(tuned / "base"), raw.Directory(tuned / "all"), tmp_path / "ours", max_rank=5
+  )
+  ours, theirs = (
+    safetensors.open_file(tmp_path / n / with_lora.WEIGHTS) for n in ("ours", "theirs")
+  )
+  assert set(ours) == set(theirs)
+  for name in ours:
+    if "lora_A" in name:
+      other = name.replace("lora_A", "lora_B")
+      got, want = (x[other] @ x[name] for x in (ours, theirs))
+      # Singular vectors are unique up to sign.
+      np.testing.assert_allclose(np.abs(ours[name]), np.abs(theirs[name]), atol=1e-4)
+    elif "lora_B" in name:
+      continue
+    else:
+      got, want = ours[name], theirs[name]
+    np.testing.assert_allclose(got, want, atol=1e-5)
