@@ -126,6 +126,13 @@ TABLE: dict[str, Entry] = {
     oracle="tests/merge/adamerging_test.py",
     note="task-wise, by layer or by tensor (the paper's layer-wise); density=0.2 is AdaMerging++",
   ),
+  "merge.arcee_fusion": Entry(
+    factory="treesurgeon.merge.arcee_fusion:arcee_fusion",
+    paper="Goddard et al., Arcee's MergeKit, 2024, arXiv 2403.13257",
+    oracle="tests/merge/arcee_fusion_test.py",
+    note="equals mergekit 0.1.5 but near the threshold, where mergekit's divergences are rounding; exact "
+    "quartiles; tests/peers/merge_spheres_test.py",
+  ),
   "merge.atlas": Entry(
     factory="treesurgeon.merge.atlas:atlas",
     paper="Zhang et al., Knowledge composition using task vectors with learned anisotropic "
@@ -138,38 +145,38 @@ TABLE: dict[str, Entry] = {
     factory="treesurgeon.merge.breadcrumbs:breadcrumbs",
     paper="Davari and Belilovsky, Model Breadcrumbs, 2023, arXiv 2312.06795",
     oracle="tests/merge/breadcrumbs_test.py",
-    note="equals mergekit 0.1.5 to the bit but for ties at a cut, tests/peers/merge_sparse_test.py; "
-    "the authors' cut by row with granularity='row'",
+    note="equals mergekit 0.1.5 to the bit, ties at a cut aside, tests/peers/merge_sparse_test.py, "
+    "and granularity='row' is the authors'",
   ),
   "merge.breadcrumbs_ties": Entry(
     factory="treesurgeon.merge.breadcrumbs:breadcrumbs_ties",
     paper="Davari and Belilovsky, Model Breadcrumbs, 2023, arXiv 2312.06795",
     oracle="tests/merge/breadcrumbs_test.py",
-    note="equals mergekit 0.1.5 to the bit but for ties at a cut, tests/peers/merge_sparse_test.py",
+    note="equals mergekit 0.1.5 to the bit, ties at a cut aside; tests/peers/merge_sparse_test.py",
   ),
   "merge.dare_linear": Entry(
     factory="treesurgeon.merge.dare:dare_linear",
     paper="Yu et al., Language models are Super Mario (DARE), 2023, arXiv 2311.03099",
     oracle="tests/merge/dare_test.py",
-    note="given its masks, equals mergekit 0.1.5 with rescale='l1', tests/peers/merge_sparse_test.py",
+    note="equals mergekit 0.1.5 given its masks, rescale='l1'; tests/peers/merge_sparse_test.py",
   ),
   "merge.dare_ties": Entry(
     factory="treesurgeon.merge.dare:dare_ties",
     paper="Yu et al., Language models are Super Mario (DARE), 2023, arXiv 2311.03099",
     oracle="tests/merge/dare_test.py",
-    note="given its masks, equals mergekit 0.1.5 with rescale='l1', tests/peers/merge_sparse_test.py",
+    note="equals mergekit 0.1.5 given its masks, rescale='l1'; tests/peers/merge_sparse_test.py",
   ),
   "merge.della": Entry(
     factory="treesurgeon.merge.della:della",
     paper="Deep et al., DELLA-Merging, 2024, arXiv 2406.11617",
     oracle="tests/merge/della_test.py",
-    note="given its masks, equals mergekit 0.1.5 with rescale='l1', tests/peers/merge_sparse_test.py",
+    note="equals mergekit 0.1.5 given its masks, rescale='l1'; tests/peers/merge_sparse_test.py",
   ),
   "merge.della_linear": Entry(
     factory="treesurgeon.merge.della:della_linear",
     paper="Deep et al., DELLA-Merging, 2024, arXiv 2406.11617",
     oracle="tests/merge/della_test.py",
-    note="given its masks, equals mergekit 0.1.5 with rescale='l1', tests/peers/merge_sparse_test.py",
+    note="equals mergekit 0.1.5 given its masks, rescale='l1'; tests/peers/merge_sparse_test.py",
   ),
   "merge.fisher": Entry(
     factory="treesurgeon.merge.fisher:fisher",
@@ -190,17 +197,79 @@ TABLE: dict[str, Entry] = {
     oracle="tests/merge/iso_c_test.py",
     note="equals FusionBench's algorithm in float64 where no direction is null",
   ),
+  "merge.karcher": Entry(
+    factory="treesurgeon.merge.karcher:karcher",
+    paper="Karcher, Riemannian center of mass and mollifier smoothing, 1977",
+    oracle="tests/merge/karcher_test.py",
+    note="equals mergekit 0.1.5, reading each model's inner products once; "
+    "tests/peers/merge_spheres_test.py",
+  ),
+  "merge.layer_swap": Entry(
+    factory="treesurgeon.merge.layer_swap:layer_swap",
+    paper="Bandarkar et al., Layer swapping, 2024, arXiv 2410.01335",
+    oracle="tests/merge/layer_swap_test.py",
+    note="without transition layers, mergekit's passthrough of three slices",
+  ),
   "merge.linear": Entry(
     factory="treesurgeon.merge.linear:linear",
     paper="Wortsman et al., Model soups, 2022, arXiv 2203.05482",
     oracle="tests/merge/linear_test.py",
     note="equals mergekit 0.1.5; tests/peers/merge_test.py",
   ),
+  "merge.model_stock": Entry(
+    factory="treesurgeon.merge.model_stock:model_stock",
+    paper="Jang et al., Model Stock, 2024, arXiv 2403.19522",
+    oracle="tests/merge/model_stock_test.py",
+    note="equals mergekit 0.1.5; tests/peers/merge_spheres_test.py",
+  ),
+  "merge.multislerp": Entry(
+    factory="treesurgeon.merge.multislerp:multislerp",
+    paper="Goddard, multislerp, 2024, https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+    oracle="tests/merge/multislerp_test.py",
+    note="equals mergekit 0.1.5, whose tangent step is zero; tests/peers/merge_spheres_test.py",
+  ),
+  "merge.nearswap": Entry(
+    factory="treesurgeon.merge.nearswap:nearswap",
+    paper="Alchemonaut, NearSwap, 2024, "
+    "https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
+    oracle="tests/merge/nearswap_test.py",
+    note="equals mergekit 0.1.5; tests/peers/merge_spheres_test.py",
+  ),
+  "merge.nuslerp": Entry(
+    factory="treesurgeon.merge.nuslerp:nuslerp",
+    paper="Goddard et al., Arcee's MergeKit, 2024, arXiv 2403.13257",
+    oracle="tests/merge/nuslerp_test.py",
+    note="equals mergekit 0.1.5 but for opposite vectors; tests/peers/merge_spheres_test.py",
+  ),
+  "merge.opcm": Entry(
+    factory="treesurgeon.merge.opcm:opcm",
+    paper="Tang et al., Merging models on the fly without retraining, 2025, arXiv 2501.09522",
+    oracle="tests/merge/opcm_test.py",
+    note="equals the official loop in float64; memory of one donor however many there are",
+  ),
   "merge.optmerge": Entry(
     factory="treesurgeon.merge.optmerge:optmerge",
     paper="Wei et al., OptMerge, 2025, arXiv 2505.19892",
     oracle="tests/merge/optmerge_test.py",
     note="both official scripts, equal in float64: variant='full' and variant='lora'",
+  ),
+  "merge.passthrough": Entry(
+    factory="treesurgeon.merge.passthrough:passthrough",
+    paper="Goddard et al., Arcee's MergeKit, 2024, arXiv 2403.13257",
+    oracle="tests/merge/passthrough_test.py",
+    note="equals mergekit 0.1.5; tests/peers/merge_spheres_test.py",
+  ),
+  "merge.ram": Entry(
+    factory="treesurgeon.merge.ram:ram",
+    paper="Reinforced Agent Merging, 2026, arXiv 2601.13572",
+    oracle="tests/merge/ram_test.py",
+    note="equals mergekit 0.1.5; tests/peers/merge_spheres_test.py",
+  ),
+  "merge.ramplus_tl": Entry(
+    factory="treesurgeon.merge.ram:ramplus_tl",
+    paper="Reinforced Agent Merging, 2026, arXiv 2601.13572",
+    oracle="tests/merge/ram_test.py",
+    note="equals mergekit 0.1.5; tests/peers/merge_spheres_test.py",
   ),
   "merge.rebasin": Entry(
     factory="treesurgeon.merge.rebasin:rebasin",
@@ -222,6 +291,18 @@ TABLE: dict[str, Entry] = {
     oracle="tests/merge/regmean_pp_test.py",
     note="RegMean through the blocks already merged; the blockwise driver makes the difference",
   ),
+  "merge.sce": Entry(
+    factory="treesurgeon.merge.sce:sce",
+    paper="Wan et al., FuseChat, 2024, arXiv 2408.07990",
+    oracle="tests/merge/sce_test.py",
+    note="equals mergekit 0.1.5; tests/peers/merge_spheres_test.py",
+  ),
+  "merge.slerp": Entry(
+    factory="treesurgeon.merge.slerp:slerp",
+    paper="Shoemake, Animating rotation with quaternion curves, 1985",
+    oracle="tests/merge/slerp_test.py",
+    note="equals mergekit 0.1.5; tests/peers/merge_spheres_test.py",
+  ),
   "merge.task_arithmetic": Entry(
     factory="treesurgeon.merge.task_arithmetic:task_arithmetic",
     paper="Ilharco et al., Editing models with task arithmetic, 2022, arXiv 2212.04089",
@@ -242,6 +323,12 @@ TABLE: dict[str, Entry] = {
     paper="Gargiulo et al., Task singular vectors, 2024, arXiv 2412.00081",
     oracle="tests/merge/tsv_merge_test.py",
     note="equals the official algorithm in float64 where no direction is null",
+  ),
+  "merge.wise_ft": Entry(
+    factory="treesurgeon.merge.wise_ft:wise_ft",
+    paper="Wortsman et al., Robust fine-tuning of zero-shot models, 2021, arXiv 2109.01903",
+    oracle="tests/merge/wise_ft_test.py",
+    note="both ends to the bit; sweeps compile once",
   ),
   "merge.wudi": Entry(
     factory="treesurgeon.merge.wudi:wudi",

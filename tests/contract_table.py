@@ -113,6 +113,7 @@ ROWS = (
     commutes=True,
     reduces=True,
   ),
+  Row("merge.arcee_fusion", neutral={"lam": 0.0}, count=1, reduces=True),
   Row(
     "merge.atlas",
     {"steps": 2, "rate": 0.01},
@@ -129,14 +130,27 @@ ROWS = (
   Row("merge.fisher", {"floor": 1e-9}, {"lam": 0.0}, commutes=True, reduces=True),
   Row("merge.iso_c", {"lam": 0.5}, {"lam": 0.0}, commutes=True, reduces=True),
   Row("merge.iso_cts", {"common": 0.5}, {"lam": 0.0}, commutes=True, reduces=True),
+  Row("merge.karcher", neutral={"weights": (1.0, 0.0, 0.0)}, commutes=True, reduces=True),
+  Row("merge.layer_swap", {"bottom": 1, "top": 0}, {"bottom": 0}, count=1),
   Row("merge.linear", {"weights": (1.0, 0.5, 0.5)}, {"weights": (1.0, 0.0, 0.0)}, commutes=True),
+  Row("merge.model_stock", neutral={"lam": 0.0}, commutes=True, reduces=True),
+  Row("merge.multislerp", neutral={"weights": (1.0, 0.0, 0.0)}, commutes=True, reduces=True),
+  Row("merge.nearswap", {"t": 0.01}, {"t": 0.0}, count=1),
+  Row("merge.nuslerp", neutral={"weights": (1.0, 0.0)}, count=1, reduces=True),
+  Row("merge.opcm", {"alpha": 0.4}, {"lam": 0.0}, reduces=True),
   Row("merge.optmerge", {"steps": 2}, {"lam": 0.0}, commutes=True, reduces=True),
+  Row("merge.passthrough", {"scale": 0.5}, {"scale": 1.0}),
+  Row("merge.ram", {"epsilon": 0.01}, {"epsilon": 1e9}, commutes=True),
+  Row("merge.ramplus_tl", {"epsilon": 0.01}, {"epsilon": 1e9}, commutes=True),
   Row("merge.rebasin", {"weights": (1.0, 0.5, 0.5)}, {"weights": (1.0, 0.0, 0.0)}),
   Row("merge.regmean", neutral={"lam": 0.0}, commutes=True, reduces=True),
   Row("merge.regmean_pp", neutral={"lam": 0.0}, commutes=True, reduces=True),
+  Row("merge.sce", {"select_topk": 0.3}, {"select_topk": 0.0}, commutes=True, reduces=True),
+  Row("merge.slerp", {"t": 0.3}, {"t": 0.0}, count=1, reduces=True),
   Row("merge.task_arithmetic", {"lam": 0.3}, {"lam": 0.0}, commutes=True),
   Row("merge.ties", {"density": 0.3}, {"lam": 0.0}, commutes=True),
   Row("merge.tsv_merge", {"lam": 0.5}, {"lam": 0.0}, commutes=True, reduces=True),
+  Row("merge.wise_ft", {"alpha": 0.3}, {"alpha": 0.0}, count=1),
   Row("merge.wudi", {"steps": 2}, {"lam": 0.0}, commutes=True, reduces=True),
 )
 EXTRA = (
@@ -164,6 +178,7 @@ EXTRA = (
     commutes=True,
     reduces=True,
   ),
+  Row("merge.opcm", {"granularity": "tensor"}, {"lam": 0.0}, reduces=True),
 )
 
 SPEC = models.Spec(vocab_size=32, d_model=16, num_layers=2, num_heads=2, d_ff=32, max_positions=32)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -38,7 +39,7 @@ def minimize(
     spec: static, hashable first argument of the loss.
 
   Returns:
-    (the tree after the last step, losses before each step as float32).
+    (the tree after the last step, losses before each step as float32; while traced, none).
 
   Raises:
     ValueError: if there is no batch.
@@ -59,6 +60,8 @@ def minimize(
       raise ValueError("there is no batch to learn from")
     x, state, value = _step(loss, optimizer, spec, x, state, batch, jnp.int32(i), fixed)
     losses.append(value)
+  if any(isinstance(value, jax.core.Tracer) for value in losses):
+    losses = []
   return x, np.asarray(losses, np.float32)
 
 

@@ -3,8 +3,8 @@
 
 With G_i = E[x xᵀ] of donor i's inputs, the W that minimises Σ E|x W - x W_i|² is
 (Σ G_i)⁻¹ Σ G_i W_i. Off-diagonal entries of G_i are scaled by alpha < 1, which draws W to an
-average weighted by the inputs' squares. All else (embeddings, norms, biases) is averaged. Jin et al.,
-"Dataless knowledge fusion by merging weights of language models", 2022 (arXiv 2212.09849).
+average weighted by the inputs' squares. All else (embeddings, norms, biases) is averaged. Jin et
+al., "Dataless knowledge fusion by merging weights of language models", 2022 (arXiv 2212.09849).
 
 alpha is what is *kept*, as in FusionBench (0.95 for CLIP, 0.6 for GPT-2, 0.1 for a plain base); the
 paper uses 0.9, and 0.1 for T5. G_i is a mean, so donors count alike whatever the amount of their
