@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from treesurgeon.core import leaves, lineage, model
-from treesurgeon.io import card, checkpoint, packed, safetensors, writer
+from treesurgeon.io import (
+  card,
+  checkpoint,
+  packed,
+  safetensors,
+  tokenizer,
+  tokenizer_files,
+  writer,
+)
 from treesurgeon.models import hf
 
 # Files that belong to a model and that surgery does not change.
@@ -267,7 +275,13 @@ def finish(
   config = dict(config)
   _set_dtype(config, safetensors.Tensors(list(files.values())))
   stage.text(checkpoint.CONFIG, json.dumps(config, indent=2) + "\n")
-  copied = [path for path in _companions(companions) if path.name not in texts]
+  # A tokenizer that is given replaces all of the old one's files, in whatever format.
+  old = tokenizer_files.PATTERNS if tokenizer.FILE in texts else ()
+  copied = [
+    path
+    for path in _companions(companions)
+    if path.name not in texts and not any(path.match(pattern) for pattern in old)
+  ]
   for path in copied:
     stage.copy(path)
   text = card.model_card(
