@@ -41,11 +41,12 @@ def add(
     >>> add(jnp.zeros(2), [jnp.ones(2), jnp.full(2, 3.0)], weights=(1.0, 0.5)).tolist()
     [2.5, 2.5]
   """
-  total = sum(times(c, d) for c, d in zip(weights, deltas, strict=True))
+  total = jnp.asarray(sum(times(c, d) for c, d in zip(weights, deltas, strict=True)))
   if normalize:
     divisor = jnp.asarray(sum(weights), jnp.float32)
-    total = total / jnp.where(jnp.abs(divisor) < 1e-8, 1.0, divisor)
-  return base + times(lam, jnp.asarray(total))
+    # An array, for compilers turn division by a scalar into a product with its reciprocal.
+    total = total / jnp.where((total == 0) | (jnp.abs(divisor) < 1e-8), 1.0, divisor)
+  return base + times(lam, total)
 
 
 def elect(

@@ -68,7 +68,10 @@ def trim_elect_merge(
   changes = [d.astype(jnp.float32) - base for d in donors]
   if cuts is None:
     cuts = tuple(
-      _one_cut([d], share) for d, share in zip(changes, _shares(density, len(donors)), strict=True)
+      _one_cut([d], share)
+      for d, share in zip(
+        changes, weights_lib.each(density, len(donors), name="density"), strict=True
+      )
     )
   trimmed = [
     d if where is None else jnp.where(trim.kept(d, *where), d, 0.0)
@@ -98,7 +101,7 @@ def global_cuts(
   """
   count = len(next(iter(tree.values()))[1])
   columns = []
-  for i, share in enumerate(_shares(density, count)):
+  for i, share in enumerate(weights_lib.each(density, count, name="density")):
     deltas = [d[i].astype(jnp.float32) - w.astype(jnp.float32) for w, d in tree.values()]
     cut = _cut(deltas, share)
     columns.append([None] * len(tree) if cut is None else [(cut[0], t) for t in cut[1]])
@@ -142,8 +145,7 @@ def ties(
   """
   if granularity not in GRANULARITIES:
     raise ValueError(f"granularity={granularity!r}; valid: {', '.join(GRANULARITIES)}")
-  if not all(0 <= share <= 1 for share in varied.values(density)):
-    raise ValueError(f"density={density} must lie between 0 and 1")
+  weights_lib.check_shares(density, name="density")
   knobs = {"weights": weights, "lam": lam}
   wants: dict[str, needs.Need] = {"donors": needs.Donors(tuple(models))}
   if granularity == "tensor":
@@ -218,11 +220,3 @@ def _cut(deltas: Sequence[jax.Array], share: float) -> tuple | None:
 def _one_cut(deltas: Sequence[jax.Array], share: float) -> tuple | None:
   cut = _cut(deltas, share)
   return None if cut is None else (cut[0], cut[1][0])
-
-
-def _shares(density: float | tuple[float, ...], count: int) -> tuple[float, ...]:
-  if not isinstance(density, tuple):
-    return (density,) * count
-  if len(density) != count:
-    raise ValueError(f"density={density} has {len(density)} entries for {count} donors")
-  return density

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights of a merge: one for each merged model, ones when none are given."""
+"""The weights of a merge, and other numbers that may be one for each merged model."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
+
+from treesurgeon.core import varied
 
 
 def resolve(weights: Sequence[Any] | None, count: int, *, of: str) -> tuple[Any, ...]:
@@ -52,3 +54,46 @@ def check(donors: int, *, weights: Sequence[float] | None, **rest: Any) -> None:
   """
   del rest
   resolve(weights, donors, of="donors")
+
+
+def each(value: Any, count: int, *, name: str, of: str = "donors") -> tuple[Any, ...]:
+  """Give every model its number of a hyper-parameter that may be one for all.
+
+  Args:
+    value: a number, or a tuple of one a model; numbers may be traced.
+    count: number of models.
+    name: the hyper-parameter's name, for the message.
+    of: whose numbers they are, for the message.
+
+  Returns:
+    `count` numbers.
+
+  Raises:
+    ValueError: for a wrong number of numbers.
+
+  Example:
+    >>> each(0.5, 2, name="density")
+    (0.5, 0.5)
+  """
+  if not isinstance(value, tuple | list):
+    return (value,) * count
+  if len(value) != count:
+    raise ValueError(f"{name}={tuple(value)} has {len(value)} entries for {count} {of}")
+  return tuple(value)
+
+
+def check_shares(value: Any, *, name: str) -> None:
+  """Refuse fractions outside 0 to 1 wherever a hyper-parameter has them.
+
+  Args:
+    value: a fraction; rules of `varied`; or a tuple of these, one a model.
+    name: the hyper-parameter's name, for the message.
+
+  Raises:
+    ValueError: naming the hyper-parameter and what it is.
+
+  Example:
+    >>> check_shares((0.0, 1.0), name="density")
+  """
+  if not all(0 <= share <= 1 for share in varied.values(value)):
+    raise ValueError(f"{name}={value} must lie between 0 and 1")
