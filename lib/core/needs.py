@@ -37,9 +37,12 @@ class Donors:
   Attributes:
     models: names a driver resolves to models (directories); empty takes the donors
       that were handed to the driver.
+    lazy: hand over, for each address, a sequence that reads a donor's leaf when it is indexed; for
+      steps that let go of one before they take the next. Otherwise a tuple of all.
   """
 
   models: tuple[str, ...] = ()
+  lazy: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,17 +93,40 @@ class Source(Protocol):
     ...
 
 
-class Aligned(Mapping[str, tuple[Any, ...]]):
-  """Several sources as one mapping: address to a tuple with each source's leaf, read on demand."""
+class Aligned(Mapping[str, Sequence[Any]]):
+  """Several sources as one mapping: address to each source's leaf, read on demand.
 
-  def __init__(self, sources: Sequence[Source]):
+  Attributes:
+    sources: the sources.
+    lazy: whether an address gives `Leaves`, which read one leaf at a time, or a tuple of all.
+  """
+
+  def __init__(self, sources: Sequence[Source], *, lazy: bool = False):
     self.sources = tuple(sources)
+    self.lazy = lazy
 
-  def __getitem__(self, address: str) -> tuple[Any, ...]:
-    return tuple(s.leaf(address) for s in self.sources)
+  def __getitem__(self, address: str) -> Sequence[Any]:
+    leaves = Leaves(self.sources, address)
+    return leaves if self.lazy else tuple(leaves)
 
   def __iter__(self) -> Iterator[str]:
     return iter(self.sources[0].addresses())
 
   def __len__(self) -> int:
     return len(self.sources[0].addresses())
+
+
+class Leaves(Sequence[Any]):
+  """One address' leaf in each of several sources, read anew whenever it is indexed."""
+
+  def __init__(self, sources: Sequence[Source], address: str):
+    self._sources = tuple(sources)
+    self._address = address
+
+  def __getitem__(self, index: Any) -> Any:
+    if isinstance(index, slice):
+      return Leaves(self._sources[index], self._address)
+    return self._sources[index].leaf(self._address)
+
+  def __len__(self) -> int:
+    return len(self._sources)

@@ -437,18 +437,19 @@ def leaf_key(key: jax.Array, address: str) -> jax.Array:
   return jax.random.fold_in(key, zlib.crc32(address.encode()))
 
 
-def check_donors(address: str, w: Any, donors: Sequence[Any]) -> None:
+def check_donors(address: str, w: Any, donors: Sequence[Any], *, first: int = 0) -> None:
   """Refuse donors whose leaf differs in shape from the base's.
 
   Args:
     address: the leaf's address, for the message.
     w: the base's leaf.
     donors: the donors' leaves.
+    first: which donor the first of them belongs to.
 
   Raises:
     ValueError: naming the address and both shapes.
   """
-  for i, d in enumerate(donors):
+  for i, d in enumerate(donors, first):
     if tuple(d.shape) != tuple(w.shape):
       raise ValueError(
         f"{address}: donor {i} has shape {tuple(d.shape)}, the base has {tuple(w.shape)}; "

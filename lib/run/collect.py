@@ -183,7 +183,7 @@ def brought(one: step.Step, need: needs.Need, base: needs.Source, materials: Mat
   """
   require(one, materials)
   if isinstance(need, needs.Donors):
-    return needs.Aligned(_opened(need, base, materials))
+    return needs.Aligned(_opened(need, base, materials), lazy=need.lazy)
   if isinstance(need, needs.Requests):
     if need.path and materials.read_requests is not None:
       return list(materials.read_requests(need.path))
