@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merge models as a mergekit configuration says.
 
-  treesurgeon merge MERGEKIT.yml --out=DIR
+  treesurgeon merge MERGEKIT.yml --out=DIR [--compat=mergekit|paper]
 
-The models are streamed: memory is bounded by the largest tensor, not by the models.
+Tensors are streamed under their own names: memory is bounded by the largest, whatever the
+architecture. A file of several merges is carried out in order; those that others refer to by name
+are kept next to the output until it is complete. An interrupted merge goes on where it was.
 """
+
+import sys
 
 from absl import flags
 
+from treesurgeon import registry
 from treesurgeon.cli import apply, main
-from treesurgeon.io import checkpoint, staging
+from treesurgeon.io import staging
 from treesurgeon.merge import mergekit
-from treesurgeon.run import casting, collect
+from treesurgeon.run import merging
 
 
 def define(values: flags.FlagValues, argv: list[str]) -> None:
@@ -23,6 +28,11 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
   """
   del argv
   apply.define_output(values)
+  flags.DEFINE_enum(
+    "compat", "mergekit", mergekit.COMPATS,
+    "Whose trimming and rescaling is meant where mergekit and a method's paper differ.",
+    flag_values=values,
+  )  # fmt: skip
 
 
 def run(values: flags.FlagValues, args: list[str]) -> None:
@@ -36,22 +46,14 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
     raise ValueError(f"merge takes one mergekit configuration file, not {len(args)} arguments")
   main.required(values, "out")
   staging.check_output(values.out, values.overwrite)
-  plan = mergekit.read(args[0])
-  donors = [n for one in plan.transform for n in one.info["arguments"]["models"]]
-  sources = {name: checkpoint.Checkpoint(name) for name in (plan.base, *donors)}
-  digests = {name: source.digest() for name, source in sources.items()}
-  materials = collect.Materials(
-    open_model=lambda name: casting.Cast(sources[name], plan.dtype),
-    digests={
-      "base": digests[plan.base],
-      **{f"donor {i}": digests[n] for i, n in enumerate(donors)},
-    },
+  merging.merge(
+    mergekit.read(args[0]),
+    values.out,
+    lookup=registry.load,
+    compat=values.compat,
+    seed=values.seed,
+    overwrite=values.overwrite,
+    max_shard_bytes=values.max_shard_bytes,
+    tell=lambda note: print(f"treesurgeon: note: {note}", file=sys.stderr),
   )
-  apply.execute(
-    values,
-    plan.transform,
-    sources[plan.base],
-    materials,
-    dtype=plan.dtype,
-    out_dtype=plan.out_dtype,
-  )
+  print(f"wrote {values.out}")

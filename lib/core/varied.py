@@ -6,6 +6,7 @@ value) pairs may stand for the number: `alpha=(("layers/[0-3]/.*", 0.2), (".*", 
 values, one a model, may hold such rules in the place of any of them.
 """
 
+import functools
 import re
 from typing import Any
 
@@ -34,7 +35,7 @@ def at(value: Any, address: str) -> Any:
   if not is_rules(value):
     return tuple(at(v, address) for v in value)
   for pattern, inner in value:
-    if re.fullmatch(pattern, address):
+    if _compiled(pattern).fullmatch(address):
       return inner
   raise ValueError(
     f"{address}: none of the rules {', '.join(repr(p) for p, _ in value)} matches it; "
@@ -80,3 +81,8 @@ def values(value: Any) -> list[Any]:
   if isinstance(value, tuple):
     return [x for v in value for x in values(v)]
   return [value]
+
+
+@functools.lru_cache(maxsize=1 << 16)  # a gradient over a deep model has more than `re` keeps
+def _compiled(pattern: str) -> re.Pattern[str]:
+  return re.compile(pattern)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treesurgeon.core import lineage, needs, paths
+from treesurgeon.core import lineage, model, needs, paths
 from treesurgeon.io import blocks, checkpoint, packed, safetensors, writer
 from treesurgeon.io import sink as sink_lib
 
@@ -133,7 +133,6 @@ class View:
     places: name to where it comes from.
 
   Example:
-    >>> from treesurgeon.core import model
     >>> m = model.Model(None, {"h.0.w": np.ones(2, np.float32)})
     >>> view = View({"h.1.w": Place(m, "h.0.w"), "h.0.w": Place(m, "h.0.w", np.float16)})
     >>> view.addresses(), view.leaf("h.0.w").dtype.name
@@ -189,6 +188,22 @@ class View:
     ahead = getattr(place.source, "prefetch", None)
     if ahead is not None:
       ahead(place.name)
+
+
+def load(source: needs.Source) -> model.Model:
+  """Read all tensors of a source into memory.
+
+  Args:
+    source: tensors under any names.
+
+  Returns:
+    A model without a spec.
+
+  Example:
+    >>> load(View({"w": Place(model.Model(None, {"v": np.ones(2)}), "v")})).leaf("w").tolist()
+    [1.0, 1.0]
+  """
+  return model.Model(None, {name: source.leaf(name) for name in source.addresses()})
 
 
 class Sink:

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from treesurgeon.core import needs, step, varied
+from treesurgeon.merge import consensus
 from treesurgeon.merge import weights as weights_lib
 
 
@@ -42,11 +43,9 @@ def add_task_vectors(
   """
   weight = weights_lib.resolve(weights, len(donors), of="donors")
   base = w.astype(jnp.float32)
-  total = sum(c * (x.astype(jnp.float32) - base) for c, x in zip(weight, donors, strict=True))
-  if normalize:
-    divisor = jnp.asarray(sum(weight), jnp.float32)
-    total = total / jnp.where(jnp.abs(divisor) < 1e-8, 1.0, divisor)
-  return (base + lam * total).astype(w.dtype)
+  changes = [x.astype(jnp.float32) - base for x in donors]
+  merged = consensus.add(base, changes, weights=weight, lam=lam, normalize=normalize)
+  return merged.astype(w.dtype)
 
 
 @step.method("merge.task_arithmetic")

@@ -2,6 +2,7 @@
 """Do again what a lineage records, and tell whether the outcome is the same to the bit."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 
 from treesurgeon.core import lineage, needs, paths, step
 from treesurgeon.core import model as model_lib
-from treesurgeon.run import casting, collect, drivers
+from treesurgeon.merge import mergekit
+from treesurgeon.run import casting, collect, drivers, merging
 
 # A leaf step has the same outcome whole as streamed, so a model in memory replays either.
 _DRIVERS = {
@@ -58,6 +60,8 @@ def replay(
     mine = given[min(i, len(given) - 1)]
     for record in run:
       _check(record, mine, any_version)
+      if "mergekit" in record.recipe:
+        raise ValueError(f"{record.expression} worked on tensors by their names; use remerge")
     dtype, out_dtype = (run[0].recipe.get(k) for k in ("dtype", "out_dtype"))
     mine = _cast_donors(mine, dtype)
     model = _cast(model, dtype)
@@ -71,6 +75,38 @@ def replay(
       )
     model = _cast(model, out_dtype)
   return model
+
+
+def remerge(
+  record: lineage.Record,
+  out: str | pathlib.Path,
+  *,
+  lookup: Callable[[str], Callable[..., step.Transform]],
+  any_version: bool = False,
+) -> pathlib.Path:
+  """Carry out a recorded mergekit configuration again, into a directory.
+
+  Args:
+    record: of the merge; its configuration names the directories to read.
+    out: directory to write.
+    lookup: finds a method's factory by its name, `registry.load`.
+    any_version: merge again by another version too, whose bits may differ.
+
+  Returns:
+    The output directory, with the same tensors to the bit.
+
+  Raises:
+    ValueError: for a record of something else, of another version or platform, or of other inputs
+      than the directories now hold.
+  """
+  if "mergekit" not in record.recipe:
+    raise ValueError(f"{record.expression} was not made by a mergekit configuration; use replay")
+  _check(record, collect.Materials(), any_version)
+  configs = mergekit.order([mergekit.parse(d) for d in record.recipe["mergekit"]])
+  return merging.merge(
+    configs, out, lookup=lookup, compat=record.recipe["compat"], seed=record.seed,
+    expect=record.inputs,
+  )  # fmt: skip
 
 
 def differing(a: needs.Source, b: needs.Source) -> list[str]:

@@ -5,7 +5,6 @@ import pytest
 
 from treesurgeon import io, registry
 from treesurgeon.cli import main
-from treesurgeon.run import replay
 
 
 def test_list_shows_every_transform(capsys):
@@ -116,39 +115,6 @@ def test_export_writes_a_dense_directory(directories, tmp_path, fails):
   )
   assert "format" in fails("export", model, f"--out={tmp_path / 'p'}", "--format=onnx")
   assert main.run(["export", model, f"--out={tmp_path / 'orbax'}", "--format=orbax"]) == 0
-
-
-def test_merge_does_what_a_mergekit_file_says(directories, tmp_path, fails):
-  config, out = tmp_path / "m.yml", tmp_path / "out"
-  config.write_text(f"""
-merge_method: task_arithmetic
-base_model: {directories / "base"}
-models:
-  - model: {directories / "a"}
-    parameters: {{weight: 0.5}}
-  - model: {directories / "b"}
-    parameters: {{weight: 0.25}}
-dtype: bfloat16
-out_dtype: float32
-""")
-  assert main.run(["merge", str(config), f"--out={out}"]) == 0
-  m = io.load(out)
-  (record,) = m.lineage
-  assert record.recipe == {"dtype": "bfloat16", "out_dtype": "float32"}
-  assert record.inputs["donor 1"] == io.Checkpoint(directories / "b").digest()
-  given = io_materials()
-  again = replay.replay(m.lineage, io.load(directories / "base"), [given], parse=registry.parse)
-  assert replay.differing(m, again) == []
-  assert "exists" in fails("merge", config, f"--out={out}")
-  assert "merge takes one mergekit configuration file" in fails("merge", f"--out={out}")
-  assert "--out is required" in fails("merge", config)
-  assert "is not a file" in fails("merge", tmp_path / "no.yml", f"--out={tmp_path / 'x'}")
-
-
-def io_materials():
-  from treesurgeon.run import collect
-
-  return collect.Materials(open_model=io.Checkpoint)
 
 
 def test_a_dry_run_prints_the_tree_and_writes_nothing(directories, tmp_path, capsys):
