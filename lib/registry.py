@@ -130,8 +130,8 @@ TABLE: dict[str, Entry] = {
     factory="treesurgeon.merge.arcee_fusion:arcee_fusion",
     paper="Goddard et al., Arcee's MergeKit, 2024, arXiv 2403.13257",
     oracle="tests/merge/arcee_fusion_test.py",
-    note="equals mergekit 0.1.5 but near the threshold, where mergekit's divergences are rounding; exact "
-    "quartiles; tests/peers/merge_spheres_test.py",
+    note="equals mergekit 0.1.5 but near the threshold, where mergekit's divergences are rounding; "
+    "exact quartiles; tests/peers/merge_spheres_test.py",
   ),
   "merge.atlas": Entry(
     factory="treesurgeon.merge.atlas:atlas",
@@ -259,6 +259,13 @@ TABLE: dict[str, Entry] = {
     oracle="tests/merge/passthrough_test.py",
     note="equals mergekit 0.1.5; tests/peers/merge_spheres_test.py",
   ),
+  "merge.pleas": Entry(
+    factory="treesurgeon.merge.pleas:pleas",
+    paper="Nasery et al., PLeaS, 2024, arXiv 2407.02447",
+    oracle="tests/merge/pleas_test.py",
+    note="least squares in closed form, no worse than descent's; ratio 1 gives the ensemble of "
+    "networks without norms exactly; hidden units and heads widen, a residual stream does not",
+  ),
   "merge.ram": Entry(
     factory="treesurgeon.merge.ram:ram",
     paper="Reinforced Agent Merging, 2026, arXiv 2601.13572",
@@ -302,6 +309,18 @@ TABLE: dict[str, Entry] = {
     paper="Shoemake, Animating rotation with quaternion curves, 1985",
     oracle="tests/merge/slerp_test.py",
     note="equals mergekit 0.1.5; tests/peers/merge_spheres_test.py",
+  ),
+  "merge.soup_greedy": Entry(
+    factory="treesurgeon.merge.soups:soup_greedy",
+    paper="Wortsman et al., Model soups, 2022, arXiv 2203.05482",
+    oracle="tests/merge/soups_test.py",
+    note="the uniform soup is merge.linear; never worse than its best ingredient on the data",
+  ),
+  "merge.soup_learned": Entry(
+    factory="treesurgeon.merge.soups:soup_learned",
+    paper="Wortsman et al., Model soups, 2022, arXiv 2203.05482",
+    oracle="tests/merge/soups_test.py",
+    note="without the paper's temperature",
   ),
   "merge.task_arithmetic": Entry(
     factory="treesurgeon.merge.task_arithmetic:task_arithmetic",
