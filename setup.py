@@ -21,6 +21,7 @@ ROOTS = {
 
 REQUIRES = [
   "absl-py>=2.1",
+  "cmaes>=0.11",
   "etils[epath]>=1.9",
   "flax>=0.12",
   "grain>=0.2.12",
