@@ -131,6 +131,7 @@ ROWS = (
   Row("merge.iso_c", {"lam": 0.5}, {"lam": 0.0}, commutes=True, reduces=True),
   Row("merge.iso_cts", {"common": 0.5}, {"lam": 0.0}, commutes=True, reduces=True),
   Row("merge.karcher", neutral={"weights": (1.0, 0.0, 0.0)}, commutes=True, reduces=True),
+  Row("merge.knots", {"density": 0.3}, {"lam": 0.0}, commutes=True, reduces=True),
   Row("merge.layer_swap", {"bottom": 1, "top": 0}, {"bottom": 0}, count=1),
   Row("merge.linear", {"weights": (1.0, 0.5, 0.5)}, {"weights": (1.0, 0.0, 0.0)}, commutes=True),
   Row("merge.model_stock", neutral={"lam": 0.0}, commutes=True, reduces=True),
@@ -159,6 +160,7 @@ ROWS = (
   Row("merge.task_arithmetic", {"lam": 0.3}, {"lam": 0.0}, commutes=True),
   Row("merge.ties", {"density": 0.3}, {"lam": 0.0}, commutes=True),
   Row("merge.tsv_merge", {"lam": 0.5}, {"lam": 0.0}, commutes=True, reduces=True),
+  Row("merge.unconstrained", {"budget": 3}, {"init": 0.0, "budget": 1}, reduces=True),
   Row("merge.wise_ft", {"alpha": 0.3}, {"alpha": 0.0}, count=1),
   Row("merge.wudi", {"steps": 2}, {"lam": 0.0}, commutes=True, reduces=True),
 )
@@ -172,6 +174,7 @@ EXTRA = (
     commutes=True,
   ),
   Row("merge.fisher", {"normalize": True}, {"lam": 0.0}, commutes=True, reduces=True),
+  Row("merge.nuslerp", {"flatten": False}, {"weights": (1.0, 0.0)}, count=1, reduces=True),
   Row("merge.ties", {"density": 0.3, "granularity": "global"}, {"lam": 0.0}, commutes=True),
   Row(
     "merge.optmerge",
