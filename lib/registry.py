@@ -204,6 +204,12 @@ TABLE: dict[str, Entry] = {
     note="equals mergekit 0.1.5, reading each model's inner products once; "
     "tests/peers/merge_spheres_test.py",
   ),
+  "merge.knots": Entry(
+    factory="treesurgeon.merge.knots:knots",
+    paper="Stoica et al., Model merging with SVD to tie the knots, 2024, arXiv 2410.19735",
+    oracle="tests/merge/knots_test.py",
+    note="equals the authors' algorithm by tensor in float64; adapters are decomposed from their factors",
+  ),
   "merge.layer_swap": Entry(
     factory="treesurgeon.merge.layer_swap:layer_swap",
     paper="Bandarkar et al., Layer swapping, 2024, arXiv 2410.01335",
@@ -342,6 +348,13 @@ TABLE: dict[str, Entry] = {
     paper="Gargiulo et al., Task singular vectors, 2024, arXiv 2412.00081",
     oracle="tests/merge/tsv_merge_test.py",
     note="equals the official algorithm in float64 where no direction is null",
+  ),
+  "merge.unconstrained": Entry(
+    factory="treesurgeon.merge.unconstrained:unconstrained",
+    paper="Zhang et al., Unconstrained model merging for enhanced LLM reasoning, 2024, "
+    "arXiv 2410.13699",
+    oracle="tests/merge/unconstrained_test.py",
+    note="the homogeneous half, encoding ours; the heterogeneous half is treesurgeon.merge.fuse",
   ),
   "merge.wise_ft": Entry(
     factory="treesurgeon.merge.wise_ft:wise_ft",

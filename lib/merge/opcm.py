@@ -36,8 +36,6 @@ from treesurgeon.merge import subspaces
 from treesurgeon.merge import weights as weights_lib
 
 GRANULARITIES = ("global", "tensor")
-# Linear layers, by our addresses and by common names in files.
-MATRICES = r"(?!.*(?:embed|wte|wpe)).*(?:kernel|weight)"
 
 
 def fold_in(
@@ -82,7 +80,7 @@ def opcm(
   alpha: varied.Varied = 0.5,
   lam: varied.Varied = 1.0,
   granularity: str = "global",
-  matrices: str = MATRICES,
+  matrices: str = subspaces.LINEAR,
   select: str | None = None,
 ) -> step.Step:
   """Merge fine-tuned donors one after another, each orthogonal to those before (OPCM).

@@ -25,6 +25,8 @@ from treesurgeon.merge import weights as weights_lib
 
 # Where one output neuron's weights lie: our kernels are (in, out), all else is (out, in).
 AXES = ((".*kernel", 0), (".*", -1))
+# Linear layers, by our addresses and by common names in files.
+LINEAR = r"(?!.*(?:embed|wte|wpe)).*(?:kernel|weight)"
 
 matmul = functools.partial(jnp.matmul, precision="highest")
 einsum = functools.partial(jnp.einsum, precision="highest")
