@@ -208,7 +208,8 @@ TABLE: dict[str, Entry] = {
     factory="treesurgeon.merge.knots:knots",
     paper="Stoica et al., Model merging with SVD to tie the knots, 2024, arXiv 2410.19735",
     oracle="tests/merge/knots_test.py",
-    note="equals the authors' algorithm by tensor in float64; adapters are decomposed from their factors",
+    note="equals the authors' algorithm by tensor in float64; adapters are decomposed from their "
+    "factors",
   ),
   "merge.layer_swap": Entry(
     factory="treesurgeon.merge.layer_swap:layer_swap",
