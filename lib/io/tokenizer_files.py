@@ -189,6 +189,25 @@ def template(directory: Path) -> str | None:
   return held if isinstance(held, str) else None
 
 
+def special(directory: Path, role: str) -> str:
+  """Find a special token.
+
+  Args:
+    directory: the model.
+    role: "bos_token" or another role of tokenizer_config.json.
+
+  Returns:
+    The token, or "".
+  """
+  for name in (CONFIG, SPECIAL):
+    held = checkpoint.read_json(directory / name) if (directory / name).is_file() else {}
+    token = held.get(role)
+    token = token.get("content") if isinstance(token, Mapping) else token
+    if isinstance(token, str):
+      return token
+  return ""
+
+
 def files(
   directory: Path, out: tokenizers.Tokenizer | None, chat_template: str | None
 ) -> dict[str, str]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from treesurgeon.core import needs
-from treesurgeon.io import blocks, peft_config, safetensors
+from treesurgeon.io import blocks, checkpoint, peft_config, safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -132,6 +132,20 @@ class WithLora:
     ahead = getattr(self.source, "prefetch", None)
     if ahead is not None:
       ahead(address)
+
+  def digest(self) -> str:
+    """Hash the model and the adapter: one sha256."""
+    files = checkpoint.hash_files([self.directory / CONFIG, self.directory / WEIGHTS])
+    return checkpoint.digest({"": self._base("digest")(), **files})
+
+  def stamp(self) -> str:
+    """Name the state of all files, without reading them."""
+    stats = [(self.directory / n).stat() for n in (CONFIG, WEIGHTS)]
+    state = [(s.st_size, s.st_mtime_ns) for s in stats]
+    return f"{self._base('stamp')()} {self.directory} {state}"
+
+  def _base(self, name: str) -> Any:
+    return getattr(self.source, name)
 
   def _read(self, name: str) -> np.ndarray:
     array = self._tensors[name]

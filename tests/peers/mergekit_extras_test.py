@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What surrounds a merge equals mergekit's and peft's: vocabularies, templates, adapters.
+"""What surrounds a merge equals mergekit's and peft's: vocabularies, adapters, mixtures.
 
 Models are tiny, random and float32.
 """
@@ -18,11 +18,14 @@ from mergekit import config as mk_config
 from mergekit import merge as mk_merge
 from mergekit import options as mk_options
 from mergekit._data import chat_templates as mk_templates
+from mergekit.moe import config as mk_moe_config
 from mergekit.scripts import extract_lora as mk_extract
+from mergekit.scripts import moe as mk_moe
 from transformers.utils import chat_template_utils
 
 from treesurgeon.adapt import extract
 from treesurgeon.io import chat_templates, raw, remapped, safetensors, vocabulary, with_lora
+from treesurgeon.merge import moe, moe_config
 
 transformers.logging.set_verbosity_error()
 
@@ -337,3 +340,100 @@ def test_factors_are_those_of_mergekit(tuned, tmp_path):
     else:
       got, want = ours[name], theirs[name]
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+KINDS = {
+  "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
+  "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, {}),
+  "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
+  "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 8}),
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+  """Writes three models of every kind, with one tokenizer."""
+  root = tmp_path_factory.mktemp("dense")
+  words = fast(TEXTS["base"])
+  for kind, (config, model, more) in KINDS.items():
+    for seed, name in enumerate(("base", "x", "y")):
+      torch.manual_seed(seed)
+      made = model(config(**SIZES, **more, vocab_size=len(words), tie_word_embeddings=False))
+      with torch.no_grad():
+        for parameter in made.parameters():  # biases and norms begin as constants
+          parameter.add_(0.05 * torch.randn_like(parameter))
+      made.save_pretrained(root / kind / name)
+      words.save_pretrained(root / kind / name)
+  return root
+
+
+def mixture(root, experts, mode, **given):
+  prompts = (["the cat sat", "hello"], ["world mat on the mat"])
+  return {
+    "base_model": str(root / "base"),
+    "gate_mode": mode,
+    "experts": [
+      {"source_model": str(root / n), "positive_prompts": prompts[i], "negative_prompts": ["on"]}
+      for i, n in enumerate(experts)
+    ],
+    "dtype": "float32",
+    **given,
+  }
+
+
+def shared(root, **given):
+  return [{"source_model": str(root / "base"), "positive_prompts": ["sat on"], **given}]
+
+
+MIXTURES = {
+  "mixtral of llama": ("llama", False),
+  "mixtral of mistral": ("mistral", False),
+  "qwen of llama": ("llama", True),
+  "qwen of qwen2": ("qwen2", True),
+  "qwen3": ("qwen3", False),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("mode", ["cheap_embed", "hidden"])
+def test_mixtures_are_those_of_mergekit(dense, tmp_path, name, mode):
+  kind, is_shared = MIXTURES[name]
+  document = mixture(dense / kind, ("x", "y"), mode)
+  if is_shared:
+    document |= {"shared_experts": shared(dense / kind), "architecture": "qwen"}
+  mk_moe.build(
+    mk_moe_config.MoEMergeConfig.model_validate(document),
+    str(tmp_path / "theirs"),
+    mk_options.MergeOptions(quiet=True),
+    device="cpu",
+  )
+  moe.build(moe_config.parse(document), tmp_path / "ours")
+  ours, reference = (
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / n, dtype="float32")
+    for n in ("ours", "theirs")
+  )
+  assert type(ours) is type(reference)
+  # Settings of the dense model that mean nothing to the mixture may stay in theirs.
+  for key in set(type(reference.config)().to_dict()) - {"_name_or_path", "transformers_version"}:
+    assert getattr(ours.config, key) == getattr(reference.config, key), key
+  want = reference.state_dict()
+  assert set(want) == set(ours.state_dict())
+  for tensor, x in ours.state_dict().items():
+    # mergekit finds hidden states in bfloat16.
+    near = 0.05 if mode == "hidden" and "gate.weight" in tensor else 1e-6
+    np.testing.assert_allclose(x.numpy(), want[tensor].numpy(), atol=near)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_equal_to_the_base_give_its_logits(dense, tmp_path, name):
+  kind, is_shared = MIXTURES[name]
+  document = mixture(dense / kind, ("base", "base"), "hidden")
+  if is_shared:  # it adds to the experts: scaled to nothing, it is out of the way
+    document |= {"shared_experts": shared(dense / kind, residual_scale=0.0)}
+    document["architecture"] = "qwen"
+  moe.build(moe_config.parse(document, allow_same=True), tmp_path / "out")
+  made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32")
+  plain = transformers.AutoModelForCausalLM.from_pretrained(dense / kind / "base", dtype="float32")
+  np.testing.assert_allclose(logits(made), logits(plain), atol=1e-5)
+  words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+  assert words("the cat")["input_ids"]
