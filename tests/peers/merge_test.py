@@ -8,6 +8,7 @@ generator: those methods are compared in what they do to their own mask, and in 
 
 import copy
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -33,7 +34,7 @@ LLAMA = {
   "num_key_value_heads": 2,
   "max_position_embeddings": 64,
 }
-GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
 
 
 def write_models(root, make, *, names=NAMES, seed=0):
@@ -189,7 +190,6 @@ CLOSE = {
   "sce whole": based("sce", "math", "code"),
   "ram": based("ram", parameters={"epsilon": 5e-3}),
   "ramplus_tl": based("ramplus_tl", parameters={"epsilon": 5e-3, "r": 0.2, "alpha": 0.3}),
-  "arcee_fusion": based("arcee_fusion", "math"),
   "passthrough": {"merge_method": "passthrough", "models": each("math")},
   "passthrough scale": {
     "merge_method": "passthrough",
@@ -281,3 +281,141 @@ def test_equals_mergekit(name, directories, tmp_path):
   for key in ("num_hidden_layers", "tie_word_embeddings", "model_type"):
     assert ours.config[key] == theirs.config[key]
   transformers.AutoModelForCausalLM.from_pretrained(ours.directory)
+
+
+def test_arcee_fusion_equals_mergekit_but_at_thresholds(directories, tmp_path):
+  config = based("arcee_fusion", "math") | {"dtype": "float32"}
+  ours, theirs = run_both(config, directories, tmp_path)
+  differ = [np.abs(ours.leaf(n) - theirs.leaf(n)) > 3e-7 for n in theirs.addresses()]
+  assert sum(int(d.sum()) for d in differ) <= 1e-4 * sum(d.size for d in differ)
+
+
+RANDOM = {
+  "dare_linear": {}, "dare_ties": {}, "della_linear": {"epsilon": 0.2}, "della": {"epsilon": 0.2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_methods_agree_in_distribution(name, rescale, directories, tmp_path):
+  density = 0.6
+  own = {k: (v,) for k, v in RANDOM[name].items()}
+  models = each("math", weight=(1.0,), density=(density,), **own)
+  config = based(name, models=models, parameters={"rescale": rescale, "normalize": False})
+  found = run_both(config | {"dtype": "float32"}, directories, tmp_path)
+  base, math = (raw.Directory(directories / n) for n in ("base", "math"))
+  rates, strengths = ([], []), ([], [])
+  for tensor in base.addresses():
+    w = base.leaf(tensor)
+    delta = math.leaf(tensor) - w
+    for side, out in enumerate(found):
+      change = out.leaf(tensor) - w
+      kept = np.abs(change) > np.abs(delta) / 2
+      rates[side].append(kept.sum())
+      strengths[side].append(np.abs(np.where(np.abs(delta) > 1e-3, change / delta, 0)).max())
+      if not rescale:
+        np.testing.assert_allclose(change[kept], delta[kept], atol=1e-6)
+      elif delta.ndim == 2:  # the L1 norm of every tensor is restored
+        np.testing.assert_allclose(np.abs(change).sum(), np.abs(delta).sum(), rtol=1e-4)
+  count = sum(base.leaf(t).size for t in base.addresses())
+  sigma = (density * (1 - density) / count) ** 0.5
+  for kept in rates:
+    assert abs(sum(kept) / count - density) < 5 * sigma
+  if name.startswith("della"):  # large changes are kept more often than small ones
+    tensor = "model.layers.1.mlp.up_proj.weight"
+    delta = math.leaf(tensor) - base.leaf(tensor)
+    rank = np.argsort(np.argsort(np.abs(delta), axis=1), axis=1) / (delta.shape[1] - 1)
+    for out in found:
+      kept = np.abs(out.leaf(tensor) - base.leaf(tensor)) > np.abs(delta) / 2
+      for low, high in ((0, 0.3), (0.7, 1)):
+        inside = (rank >= low) & (rank <= high)
+        want = density - 0.2 + 0.4 * rank[inside].mean()
+        assert abs(kept[inside].mean() - want) < 5 * (0.25 / inside.sum()) ** 0.5
+
+
+BFLOAT16 = {
+  "linear": CLOSE["linear"], "ties": EXACT["ties"], "task": EXACT["task arithmetic"],
+  "slerp": CLOSE["slerp"], "sce": CLOSE["sce"], "karcher": CLOSE["karcher"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_bfloat16_is_rounded_once_from_float32(name, halves, tmp_path):
+  config = BFLOAT16[name] | {"dtype": "float32", "out_dtype": "bfloat16"}
+  ours, theirs = run_both(config, halves, tmp_path)
+  marks = thresholds(config, halves) if name in ("ties", "sce") else None
+  wrong = total = 0
+  for tensor in ours.addresses():
+    a, b = ours.leaf(tensor), theirs.leaf(tensor)
+    assert a.dtype == b.dtype == ml_dtypes.bfloat16
+    differ = np.abs(a.astype(np.float32) - b.astype(np.float32))
+    if marks is not None:
+      differ = np.where(marks(tensor), 0, differ)
+    assert (differ <= 3e-7 + 2.0**-7 * np.abs(b.astype(np.float32))).all(), tensor
+    wrong, total = wrong + int((differ > 0).sum()), total + differ.size
+  assert wrong <= (0 if name in ("ties", "task") else 0.015) * total
+
+
+def test_tied_heads_follow_mergekit(tied, tmp_path):
+  config = {"merge_method": "linear", "models": each("math", "base", weight=(1.0, 0.5))}
+  ours, theirs = run_both(config | {"dtype": "float32"}, tied, tmp_path)
+  assert worst(ours, theirs) <= 3e-7 and "lm_head.weight" not in ours.addresses()
+  mixed = {"merge_method": "linear", "models": each("math", "code", weight=(1.0, 0.5))}
+  notes = []
+  again = tmp_path / "mixed"
+  again.mkdir()
+  ours, theirs = run_both(mixed | {"dtype": "float32"}, tied, again, tell=notes.append)
+  assert worst(ours, theirs) <= 3e-7 and "lm_head.weight" in ours.addresses()
+  assert any("ties its head" in note for note in notes)
+
+
+@pytest.mark.parametrize("name", ["ties", "breadcrumbs_ties", "nuslerp rows", "slerp slices"])
+def test_fused_and_transposed_tensors(name, gpt2, tmp_path):
+  config = {**(EXACT | CLOSE)[name], "dtype": "float32"}
+  ours, theirs = run_both(config, gpt2, tmp_path)
+  marks = thresholds(config, gpt2) if name in EXACT else None
+  assert worst(ours, theirs, marks) <= (0 if name in EXACT else 3e-7)
+  assert ours.config["n_layer"] == theirs.config["n_layer"]
+
+
+def test_an_architecture_that_mergekit_has_no_table_of(tmp_path):
+  config = transformers.OPTConfig(
+    vocab_size=61, hidden_size=16, ffn_dim=24, num_hidden_layers=3, num_attention_heads=2,
+    max_position_embeddings=32, word_embed_proj_dim=16,
+  )  # fmt: skip
+  write_models(tmp_path, lambda: transformers.OPTForCausalLM(config))
+  ours, theirs = run_both(
+    EXACT["task arithmetic gradient"] | {"dtype": "float32"}, tmp_path, tmp_path
+  )
+  assert worst(ours, theirs) == 0
+
+
+def test_two_towers(tmp_path):
+  config = transformers.T5Config(
+    vocab_size=61,
+    d_model=16,
+    d_kv=8,
+    d_ff=24,
+    num_layers=3,
+    num_decoder_layers=2,
+    num_heads=2,
+    feed_forward_proj="gated-gelu",
+  )
+  write_models(tmp_path, lambda: transformers.T5ForConditionalGeneration(config))
+  ours, theirs = run_both(
+    EXACT["task arithmetic gradient"] | {"dtype": "float32"}, tmp_path, tmp_path
+  )
+  shared = set(theirs.addresses())
+  assert shared <= set(ours.addresses())
+  assert max(np.abs(ours.leaf(n) - theirs.leaf(n)).max() for n in shared) == 0
+  slices = [{"sources": [source("math", 0, 2)]}, {"sources": [source("code", 1, 3)]}]
+  modules = {"encoder": {"slices": slices}, "decoder": {"models": each("math")},
+             "shared": {"models": each("math")}}  # fmt: skip
+  again = tmp_path / "again"
+  again.mkdir()
+  modular = {"merge_method": "passthrough", "modules": modules, "dtype": "float32"}
+  ours, theirs = run_both(modular, tmp_path, again)
+  shared = set(theirs.addresses())
+  assert shared <= set(ours.addresses())
+  assert max(np.abs(ours.leaf(n) - theirs.leaf(n)).max() for n in shared) == 0
+  assert ours.config["num_layers"] == 4 and ours.config["num_decoder_layers"] == 2

@@ -84,7 +84,7 @@ class Assembly:
     self._reference = config.models()[0]
     self.config = dict(settings[self._reference])
     self.entries: list[Entry] = []
-    for part in parts(config, self._layouts[self._reference]):
+    for part in parts(config, self._whole()):
       part = self._completed(part, config)
       for piece in part.module.slices:
         check_inputs(piece, config, method)
@@ -92,6 +92,23 @@ class Assembly:
     if method.base != "ignored" or config.form == "models":
       order = {n: i for i, n in enumerate(self._names[self._reference])}
       self.entries.sort(key=lambda e: order.get(e.name, len(order)))  # reads run through the file
+
+  def _whole(self) -> layers.Layout:
+    """Find the reference's towers, and what any model has outside of them."""
+    mine = self._layouts[self._reference]
+    more: dict[str, None] = {}
+    for model, found in self._layouts.items():
+      if len(found.towers) > len(mine.towers):
+        kept = {self._tower(model, t).prefix for t in mine.towers}
+        extra = next(t.prefix for t in found.towers if t.prefix not in kept)
+        raise ValueError(
+          f"{model} has layers named {extra!r}, {self._reference} has none; models must have "
+          "the same tensors"
+        )
+      for name in found.loose:
+        if self._counterpart(self._reference, name) is None:
+          more[name] = None
+    return layers.Layout(mine.towers, (*mine.loose, *more))
 
   def _completed(self, part: Part, config: config_lib.Config) -> Part:
     """Give `models` their layers, and the base its place among them."""
