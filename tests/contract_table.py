@@ -143,7 +143,7 @@ ROWS = (
   Row("merge.passthrough", {"scale": 0.5}, {"scale": 1.0}),
   Row(
     "merge.pleas",
-    {"ratio": 0.4},
+    {"ratio": ((".*/mlp", 0.4), (".*", 0.0))},
     {"ratio": 0.0, "weights": (1.0, 0.0)},
     reduces=True,
     count=1,
@@ -160,7 +160,12 @@ ROWS = (
   Row("merge.task_arithmetic", {"lam": 0.3}, {"lam": 0.0}, commutes=True),
   Row("merge.ties", {"density": 0.3}, {"lam": 0.0}, commutes=True),
   Row("merge.tsv_merge", {"lam": 0.5}, {"lam": 0.0}, commutes=True, reduces=True),
-  Row("merge.unconstrained", {"budget": 3}, {"init": 0.0, "budget": 1}, reduces=True),
+  Row(
+    "merge.unconstrained",
+    {"methods": ("task_arithmetic", "dare"), "budget": 2},
+    {"init": 0.0, "budget": 1},
+    reduces=True,
+  ),
   Row("merge.wise_ft", {"alpha": 0.3}, {"alpha": 0.0}, count=1),
   Row("merge.wudi", {"steps": 2}, {"lam": 0.0}, commutes=True, reduces=True),
 )

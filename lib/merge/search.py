@@ -38,9 +38,9 @@ class Found(NamedTuple):
 def minimize(
   fn: Callable[[np.ndarray], float],
   *,
-  start: Sequence[float],
-  low: Sequence[float],
-  high: Sequence[float],
+  start: Sequence[float] | np.ndarray,
+  low: Sequence[float] | np.ndarray,
+  high: Sequence[float] | np.ndarray,
   budget: int,
   seed: int = 0,
   sigma: float = 0.25,
