@@ -159,14 +159,16 @@ def stream(
       sink.write(address, part.leaf(address))
 
   changed = [{a for unit in one.units(names) for a in unit} for one in transform]
+  keys = [_key(seed, i) for i in range(len(transform))]
+  after = [f"after {one!r}" for one in transform]  # long where arguments vary over the model
   with pipeline.Pipeline(read, write, groups) as line:
     for group, item in progress.track(line, "leaves"):
       if item is None:
         continue
       part, evidence = item
       for i, one in enumerate(transform):
-        before, part = part, one.apply(part, evidence[i], _key(seed, i))
-        check_finite(blockwise.changes(before, part).items(), f"after {one!r}")
+        before, part = part, one.apply(part, evidence[i], keys[i])
+        check_finite(blockwise.changes(before, part).items(), after[i])
         notes[i] = blockwise.merged(notes[i], part.aux.get("notes", {}))
         part = part.replace(aux={})
       line.put(group, part)
