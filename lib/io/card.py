@@ -65,7 +65,7 @@ def model_card(
     >>> "1. `grow.g_stack(growth=2)`" in text
     True
   """
-  library = "treesurgeon" if ours_only else "transformers"
+  library = "treesurgeon" if ours_only or not config else "transformers"
   lines = ["---", f"library_name: {library}", "tags:", "- treesurgeon", "---", "", f"# {name}", ""]
   kind = config.get("model_type", "transformer")
   lines += [f"A {kind} model made with treesurgeon.", "", "The terms of its source models apply."]
@@ -87,7 +87,10 @@ def model_card(
   lines += ["", "## How to load it", ""]
   if ours_only:
     lines += [f"Only treesurgeon loads this directory: {'; '.join(ours_only)}.", ""]
-  lines += ["```python", "from treesurgeon import io", "", f'model = io.load("{name}")', "```", ""]
+  load = ["from treesurgeon import io", "", f'model = io.load("{name}")']
+  if not config:  # tensors without an architecture
+    load = ["from treesurgeon.io import raw", "", f'tensors = raw.Directory("{name}")']
+  lines += ["```python", *load, "```", ""]
   lines += ["`lineage.json` holds all arguments, and the digests of every file.", ""]
   return "\n".join(lines)
 

@@ -25,10 +25,11 @@ ENCODED = (packed.KEY, "quantization_config", "compression_config")
 
 
 class Directory:
-  """Read a directory's tensors lazily, under their own names.
+  """Read a directory's tensors, or a single file's, lazily, under their own names.
 
   Args:
-    directory: safetensors, and a config.json unless only tensors are of interest.
+    directory: safetensors, and a config.json unless only tensors are of interest; or one
+      .safetensors file.
 
   Attributes:
     directory: the path.
@@ -43,7 +44,9 @@ class Directory:
   spec = None
 
   def __init__(self, directory: str | Path):
-    self.directory = safetensors.check_folder(directory)
+    path = Path(directory)
+    single = path.is_file() and path.suffix == ".safetensors"
+    self.directory = path if single else safetensors.check_folder(path)
     file = self.directory / checkpoint.CONFIG
     self.config = checkpoint.read_json(file) if file.is_file() else {}
     encoded = [key for key in ENCODED if key in self.config]
@@ -52,7 +55,7 @@ class Directory:
         f"{file}: {encoded[0]!r} tells of quantized or compressed weights, whose numbers cannot be "
         "worked on as they are stored; give the dense model"
       )
-    self.tensors = safetensors.open_folder(self.directory)
+    self.tensors = safetensors.open_file(path) if single else safetensors.open_folder(path)
 
   def addresses(self) -> list[str]:
     """List the names of all tensors, in the order of the files."""

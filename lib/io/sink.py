@@ -262,7 +262,8 @@ def finish(
 
   Args:
     out: a writer that has all the weights.
-    config: content of config.json; its dtype is set to what most bytes are.
+    config: content of config.json; its dtype is set to what most bytes are. Nothing but tensors is
+      known of an output without one.
     companions: directory whose tokenizer, generation config and license come along, or None.
     records: the model's whole lineage, oldest first.
     inputs: input file to sha256.
@@ -272,9 +273,10 @@ def finish(
   """
   stage, texts = out.stage, texts or {}
   files = out.seal()
-  config = dict(config)
-  _set_dtype(config, safetensors.Tensors(list(files.values())))
-  stage.text(checkpoint.CONFIG, json.dumps(config, indent=2) + "\n")
+  config, settings = dict(config), {}
+  if config:
+    _set_dtype(config, safetensors.Tensors(list(files.values())))
+    settings[checkpoint.CONFIG] = json.dumps(config, indent=2) + "\n"
   # A tokenizer that is given replaces all of the old one's files, in whatever format.
   old = tokenizer_files.PATTERNS if tokenizer.FILE in texts else ()
   copied = [
@@ -287,10 +289,10 @@ def finish(
   text = card.model_card(
     stage.directory.name, records, config=config, evaluation=evaluation, ours_only=reasons
   )
-  written = {_README: text, **texts}
+  written = {**settings, _README: text, **texts}
   for name, content in written.items():
     stage.text(name, content)
-  names = [checkpoint.CONFIG, *written, *(p.name for p in copied)]
+  names = [*written, *(p.name for p in copied)]
   digests = checkpoint.hash_files([stage.path / n for n in names])
   weights = checkpoint.hash_files(list(files.values()))
   digests |= {name: weights[path.name] for name, path in files.items()}

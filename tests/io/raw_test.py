@@ -103,3 +103,19 @@ def test_a_sink_that_was_not_closed_leaves_nothing(tmp_path):
     sink.write("w", np.ones(1, np.float32))
     raise RuntimeError
   assert not list(tmp_path.iterdir())
+
+
+def test_a_single_file_is_a_source_and_gives_tensors_without_a_config(tmp_path):
+  file = put(tmp_path / "m") / "model.safetensors"
+  source = raw.Directory(file)
+  assert source.config == {} and source.addresses() == list(TENSORS) and source.lineage == ()
+  assert (
+    set(source.digests) == {"model.safetensors"} and source.stamp() == raw.Directory(file).stamp()
+  )
+  with raw.Sink(tmp_path / "out", source.config) as sink:
+    for name in source.addresses():
+      sink.write(name, source.leaf(name))
+    out = sink.close()
+  assert not (out / "config.json").exists()
+  assert "raw.Directory" in (out / "README.md").read_text()
+  assert raw.Directory(out).addresses() == list(TENSORS)

@@ -149,7 +149,8 @@ def open_model(name: str) -> Any:
 def _directory(name: str) -> pathlib.Path:
   path = pathlib.Path(name).expanduser()
   if path.exists():
-    return safetensors.check_folder(path)
+    single = path.is_file() and path.suffix == ".safetensors"
+    return path if single else safetensors.check_folder(path)
   repository, _, revision = name.partition("@")
   home = os.environ.get("HF_HOME", "~/.cache/huggingface")
   hub = pathlib.Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
@@ -165,8 +166,11 @@ def _directory(name: str) -> pathlib.Path:
 
 
 def _home(source: Any) -> pathlib.Path | None:
-  """Find the directory whose tokenizer belongs to a model, an adapter's base's."""
-  return _home(source.source) if hasattr(source, "source") else getattr(source, "directory", None)
+  """Find the directory whose tokenizer belongs to a model, an adapter's base's; a file has none."""
+  if hasattr(source, "source"):
+    return _home(source.source)
+  home = getattr(source, "directory", None)
+  return home if home is not None and home.is_dir() else None
 
 
 def _settings(source: Any) -> Mapping[str, Any]:
