@@ -46,6 +46,7 @@ def model_card(
   config: Mapping[str, Any],
   evaluation: Mapping[str, Any],
   ours_only: Sequence[str] = (),
+  recipe: str = "",
 ) -> str:
   """Write README.md: how the model came about, how it does, and how to load it.
 
@@ -55,6 +56,7 @@ def model_card(
     config: the output's config.json.
     evaluation: measure to value, or to {"before", "after"}.
     ours_only: why other libraries cannot load it, a phrase a reason; empty if they can.
+    recipe: YAML that the last record carried out, shown in the place of its spelling.
 
   Returns:
     Markdown text with the hub's front matter.
@@ -71,7 +73,10 @@ def model_card(
   lines += [f"A {kind} model made with treesurgeon.", "", "The terms of its source models apply."]
   lines += ["", "## How it was made", ""]
   for i, record in enumerate(records, 1):
-    lines.append(f"{i}. `{record.expression}`, seed {record.seed}, driver `{record.driver}`")
+    spelled = "this configuration" if recipe and i == len(records) else f"`{record.expression}`"
+    lines.append(f"{i}. {spelled}, seed {record.seed}, driver `{record.driver}`")
+  if recipe:
+    lines += ["", "```yaml", recipe.rstrip(), "```"]
   if not records:
     lines.append("Nothing was changed.")
   digests = {role: d for record in records for role, d in record.inputs.items()}

@@ -288,6 +288,7 @@ class Sink:
     inputs: Mapping[str, str] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     texts: Mapping[str, str] | None = None,
+    recipe: str = "",
   ) -> Path:
     """Write config, companions, model card and lineage, and put the directory in its place.
 
@@ -296,13 +297,14 @@ class Sink:
       inputs: input file to sha256.
       evaluation: measure to value, or to {"before", "after"}.
       texts: further files, name to content; one that is also a companion replaces it.
+      recipe: YAML that the last record carried out, for the model card.
 
     Returns:
       The output directory.
     """
     sink_lib.finish(
       self._writer, self._config, self._companions, records, inputs=inputs or {},
-      evaluation=evaluation or {}, texts=texts or {},
+      evaluation=evaluation or {}, texts=texts or {}, recipe=recipe,
     )  # fmt: skip
     self._closed = True
     return self._writer.stage.directory

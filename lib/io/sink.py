@@ -257,6 +257,7 @@ def finish(
   evaluation: Mapping[str, Any],
   reasons: Sequence[str] = (),
   texts: Mapping[str, str] | None = None,
+  recipe: str = "",
 ) -> None:
   """Write what belongs to a model besides its weights, and put the directory in its place.
 
@@ -270,6 +271,7 @@ def finish(
     evaluation: measure to value, or to {"before", "after"}.
     reasons: why other libraries cannot load it, a phrase a reason.
     texts: further files, name to content; one that is also a companion replaces it.
+    recipe: YAML that the last record carried out, for the card.
   """
   stage, texts = out.stage, texts or {}
   files = out.seal()
@@ -287,8 +289,9 @@ def finish(
   for path in copied:
     stage.copy(path)
   text = card.model_card(
-    stage.directory.name, records, config=config, evaluation=evaluation, ours_only=reasons
-  )
+    stage.directory.name, records, config=config, evaluation=evaluation, ours_only=reasons,
+    recipe=recipe,
+  )  # fmt: skip
   written = {**settings, _README: text, **texts}
   for name, content in written.items():
     stage.text(name, content)

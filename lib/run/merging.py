@@ -148,7 +148,8 @@ def _write(
           raise ValueError(f"another {role} than before: sha256 {found}, not {expect[role]}")
       before = getattr(plan.models["base"], "lineage", ())
       texts = plan.texts if last else {**plan.texts, _JOB: job}
-      sink.close((*before, *records), inputs=told, texts=texts)
+      recipe_text = plan.texts[mergekit.CONFIG]
+      sink.close((*before, *records), inputs=told, texts=texts, recipe=recipe_text)
   finally:
     pool.shutdown(cancel_futures=True)
 
@@ -170,7 +171,8 @@ def _job(plan: mergekit.Plan, seed: int, compat: str) -> str:
   """Fingerprint all that the output's bytes depend on."""
   stamps = {role: _stamp(source) for role, source in plan.models.items()}
   document = json.dumps(plan.document, sort_keys=True, default=str)
-  parts = (step.spell(plan.transform), document, compat, seed, sorted(stamps.items()))
+  texts = sorted(plan.texts.items())
+  parts = (step.spell(plan.transform), document, compat, seed, sorted(stamps.items()), texts)
   return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

@@ -8,11 +8,12 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 import yaml
 
 from treesurgeon import io, registry
 from treesurgeon.cli import main
-from treesurgeon.io import raw, safetensors
+from treesurgeon.io import raw, safetensors, writer
 from treesurgeon.run import drivers, replay
 
 
@@ -74,7 +75,8 @@ def test_a_merge_is_recorded_and_done_again(directories, write, tmp_path, capsys
   assert yaml.safe_load((tmp_path / "out" / "mergekit_config.yml").read_text()) == (
     yaml.safe_load(path.read_text())
   )
-  assert "linear" not in (tmp_path / "out" / "README.md").read_text()
+  card = (tmp_path / "out" / "README.md").read_text()
+  assert "1. this configuration" in card and "merge_method: task_arithmetic" in card
   again = replay.remerge(record, tmp_path / "again", lookup=registry.load)
   assert same(out, raw.Directory(again))
   with pytest.raises(ValueError, match="worked on tensors by their names; use remerge"):
@@ -318,3 +320,73 @@ def test_the_command_says_what_it_needs(write, tmp_path, fails):
 def test_a_merge_streams_whatever_can_be(write, tmp_path, monkeypatch):
   monkeypatch.setattr(drivers, "run", None)
   assert merged(write(PLAIN), tmp_path / "out").lineage[0].driver == "stream"
+
+
+def with_words(directories, tmp_path, name, words):
+  """Writes model a or b with a vocabulary of its own."""
+  model = raw.Directory(directories / name)
+  with raw.Sink(tmp_path / f"{name}-words", {**model.config, "vocab_size": len(words)}) as sink:
+    for tensor in model.addresses():
+      array = model.leaf(tensor)
+      sink.write(tensor, array[: len(words)] if len(array) == 257 else array)
+    sink.close()
+  inner = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "x")
+  )
+  inner.save(str(tmp_path / f"{name}-words" / "tokenizer.json"))
+  return str(tmp_path / f"{name}-words")
+
+
+def test_vocabularies_are_joined(directories, write, tmp_path, fails):
+  a = with_words(directories, tmp_path, "a", ("x", "y", "only a"))
+  b = with_words(directories, tmp_path, "b", ("y", "x", "only b", "too"))
+  config = {**PLAIN, "models": [entry(a, weight=1), entry(b, weight=3)]}
+  said = fails("merge", write(config), f"--out={tmp_path / 'no'}")
+  assert "give them one with tokenizer: {source: union}" in said
+  config["tokenizer"] = {"source": "union"}
+  out = merged(write(config | {"chat_template": "chatml"}), tmp_path / "out")
+  vocabulary = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).get_vocab()
+  assert set(vocabulary) == {"x", "y", "only a", "only b", "too"}
+  rows, old_a, old_b = (m.leaf(EMBEDDING) for m in (out, raw.Directory(a), raw.Directory(b)))
+  assert out.config["vocab_size"] == len(rows) == 5
+  np.testing.assert_allclose(rows[vocabulary["x"]], 0.25 * old_a[0] + 0.75 * old_b[1], atol=1e-6)
+  np.testing.assert_allclose(rows[vocabulary["only a"]], old_a[2], atol=1e-6)
+  np.testing.assert_allclose(rows[vocabulary["too"]], old_b[3], atol=1e-6)
+  assert "im_start" in (tmp_path / "out" / "chat_template.jinja").read_text()
+  config["tokenizer"] = {"sauce": "union"}
+  said = fails("merge", write(config), f"--out={tmp_path / 'no'}")
+  assert "tokenizer: unknown key 'sauce'; did you mean 'source'?" in said
+
+
+def test_a_template_alone_is_put_in(directories, write, tmp_path, fails):
+  a = with_words(directories, tmp_path, "a", ("x", "y"))
+  config = {"merge_method": "passthrough", "models": [entry(a)], "chat_template": "chatml"}
+  merged(write(config), tmp_path / "out")
+  assert "im_start" in (tmp_path / "out" / "chat_template.jinja").read_text()
+  assert (tmp_path / "out" / "tokenizer.json").is_file()
+  said = fails("merge", write(config | {"chat_template": "chatmi"}), f"--out={tmp_path / 'no'}")
+  assert "chat_template='chatmi'" in said and "did you mean 'chatml'?" in said
+
+
+def test_an_adapter_is_folded_into_its_base(directories, write, tmp_path, fails):
+  rng = np.random.default_rng(0)
+  low, high = rng.normal(size=(2, 8)), rng.normal(size=(16, 2))
+  module = UP.removesuffix(".weight")
+  adapter = tmp_path / "adapter"
+  with writer.Writer(adapter) as out:
+    for part, factor in (("A", low), ("B", high)):
+      out.write(f"base_model.model.{module}.lora_{part}.weight", factor.astype(np.float32))
+  (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+  settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"]}
+  (adapter / "adapter_config.json").write_text(json.dumps(settings))
+  config = {
+    "merge_method": "task_arithmetic", "base_model": "base",
+    "models": [entry(f"{directories / 'base'}+{adapter}", weight=0.5)],
+  }  # fmt: skip
+  out = merged(write(config), tmp_path / "out")
+  base = raw.Directory(directories / "base")
+  np.testing.assert_allclose(out.leaf(UP), base.leaf(UP) + 0.5 * 2 * high @ low, atol=1e-5)
+  np.testing.assert_array_equal(out.leaf(EMBEDDING), base.leaf(EMBEDDING))
+  assert len(out.lineage[0].inputs["donor 0"]) == 64
+  config["models"] = [entry(f"{directories / 'base'}+{tmp_path / 'none'}", weight=1)]
+  assert "none is no directory" in fails("merge", write(config), f"--out={tmp_path / 'no'}")

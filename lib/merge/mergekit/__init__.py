@@ -3,6 +3,17 @@
 
 from treesurgeon.merge.mergekit.config import Config, order, parse, read
 from treesurgeon.merge.mergekit.methods import COMPATS, METHODS
-from treesurgeon.merge.mergekit.planner import Plan, open_model, plan
+from treesurgeon.merge.mergekit.planner import CONFIG, Plan, open_model, plan
 
-__all__ = ["COMPATS", "METHODS", "Config", "Plan", "open_model", "order", "parse", "plan", "read"]
+__all__ = [
+  "COMPATS",
+  "CONFIG",
+  "METHODS",
+  "Config",
+  "Plan",
+  "open_model",
+  "order",
+  "parse",
+  "plan",
+  "read",
+]

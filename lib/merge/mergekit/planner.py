@@ -29,6 +29,7 @@ from treesurgeon.io import (
 from treesurgeon.merge.mergekit import assembly, methods, parameters, values
 from treesurgeon.merge.mergekit import config as config_lib
 
+CONFIG = "mergekit_config.yml"
 _WIDE = ("arcee_fusion", "ramplus_tl")  # mergekit saves their float32 whatever `dtype` says
 _AVERAGING = ("karcher", "linear")
 
@@ -104,9 +105,7 @@ def plan(
   names = parameters.Names(e.name for e in entries)
   transform = found.transform(merged, list(donors), names)
   notes = [*notes, *made.notes, *found.notes, *_traps(config, method, compat, found.stepped())]
-  texts["mergekit_config.yml"] = yaml.safe_dump(
-    dict(config.document), sort_keys=False, allow_unicode=True
-  )
+  texts[CONFIG] = yaml.safe_dump(dict(config.document), sort_keys=False, allow_unicode=True)
   first = next(iter(sources))
   out_config = made.config
   if rows is not None:
