@@ -13,19 +13,25 @@ import pytest
 import tokenizers
 import torch
 import transformers
+import yaml
 from click import testing
 from mergekit import config as mk_config
+from mergekit import graph as mk_graph
 from mergekit import merge as mk_merge
 from mergekit import options as mk_options
 from mergekit._data import chat_templates as mk_templates
 from mergekit.moe import config as mk_moe_config
 from mergekit.scripts import extract_lora as mk_extract
+from mergekit.scripts import merge_raw_pytorch as mk_raw
 from mergekit.scripts import moe as mk_moe
+from safetensors import numpy as safetensors_numpy
 from transformers.utils import chat_template_utils
 
+from treesurgeon import registry
 from treesurgeon.adapt import extract
 from treesurgeon.io import chat_templates, raw, remapped, safetensors, vocabulary, with_lora
-from treesurgeon.merge import moe, moe_config
+from treesurgeon.merge import mergekit, moe, moe_config
+from treesurgeon.run import merging
 
 transformers.logging.set_verbosity_error()
 
@@ -175,12 +181,14 @@ def test_a_joined_tokenizer_splits_as_theirs(models, tmp_path):
   (tmp_path / "ours").mkdir()
   for name, text in plan.files.items():
     (tmp_path / "ours" / name).write_text(text)
-  ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+  joined = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
   for text in (*TEXTS.values(), "the <other> theory <shared><base> </s>"):
-    assert ours.tokenize(text) == reference.tokenize(text)
-    assert ours.decode(ours(text)["input_ids"]) == reference.decode(reference(text)["input_ids"])
-  assert ours.all_special_tokens == reference.all_special_tokens
-  assert ours.chat_template == reference.chat_template
+    assert joined.tokenize(text) == reference.tokenize(text)
+    assert joined.decode(joined(text)["input_ids"]) == reference.decode(
+      reference(text)["input_ids"]
+    )
+  assert joined.all_special_tokens == reference.all_special_tokens
+  assert joined.chat_template == reference.chat_template
 
 
 ROLES = (
@@ -252,11 +260,11 @@ def test_adapters_are_folded_in_as_peft_merges_them(tmp_path, name):
   merged = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").merge_and_unload()
   want = {k: v.numpy() for k, v in merged.state_dict().items()}
   base = raw.Directory(tmp_path / "base")
-  ours = with_lora.WithLora(base, tmp_path / "adapter")
+  folded = with_lora.WithLora(base, tmp_path / "adapter")
   changed = 0
-  for tensor in ours.addresses():
-    np.testing.assert_allclose(ours.leaf(tensor), want[tensor], atol=2e-6)
-    changed += not np.array_equal(ours.leaf(tensor), base.leaf(tensor))
+  for tensor in folded.addresses():
+    np.testing.assert_allclose(folded.leaf(tensor), want[tensor], atol=2e-6)
+    changed += not np.array_equal(folded.leaf(tensor), base.leaf(tensor))
   assert changed
 
 
@@ -325,20 +333,20 @@ def test_factors_are_those_of_mergekit(tuned, tmp_path):
   extract.extract(
     raw.Directory(tuned / "base"), raw.Directory(tuned / "all"), tmp_path / "ours", max_rank=5
   )
-  ours, theirs = (
+  mine, other = (
     safetensors.open_file(tmp_path / n / with_lora.WEIGHTS) for n in ("ours", "theirs")
   )
-  assert set(ours) == set(theirs)
-  for name in ours:
+  assert set(mine) == set(other)
+  for name in mine:
     if "lora_A" in name:
-      other = name.replace("lora_A", "lora_B")
-      got, want = (x[other] @ x[name] for x in (ours, theirs))
+      second = name.replace("lora_A", "lora_B")
+      got, want = (x[second] @ x[name] for x in (mine, other))
       # Singular vectors are unique up to sign.
-      np.testing.assert_allclose(np.abs(ours[name]), np.abs(theirs[name]), atol=1e-4)
+      np.testing.assert_allclose(np.abs(mine[name]), np.abs(other[name]), atol=1e-4)
     elif "lora_B" in name:
       continue
     else:
-      got, want = ours[name], theirs[name]
+      got, want = mine[name], other[name]
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -408,17 +416,17 @@ def test_mixtures_are_those_of_mergekit(dense, tmp_path, name, mode):
     device="cpu",
   )
   moe.build(moe_config.parse(document), tmp_path / "ours")
-  ours, reference = (
+  made, reference = (
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / n, dtype="float32")
     for n in ("ours", "theirs")
   )
-  assert type(ours) is type(reference)
+  assert type(made) is type(reference)
   # Settings of the dense model that mean nothing to the mixture may stay in theirs.
   for key in set(type(reference.config)().to_dict()) - {"_name_or_path", "transformers_version"}:
-    assert getattr(ours.config, key) == getattr(reference.config, key), key
+    assert getattr(made.config, key) == getattr(reference.config, key), key
   want = reference.state_dict()
-  assert set(want) == set(ours.state_dict())
-  for tensor, x in ours.state_dict().items():
+  assert set(want) == set(made.state_dict())
+  for tensor, x in made.state_dict().items():
     # mergekit finds hidden states in bfloat16.
     near = 0.05 if mode == "hidden" and "gate.weight" in tensor else 1e-6
     np.testing.assert_allclose(x.numpy(), want[tensor].numpy(), atol=near)
@@ -437,3 +445,115 @@ def test_experts_equal_to_the_base_give_its_logits(dense, tmp_path, name):
   np.testing.assert_allclose(logits(made), logits(plain), atol=1e-5)
   words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
   assert words("the cat")["input_ids"]
+
+
+def ours(document: dict, folder: pathlib.Path) -> raw.Directory:
+  """Runs our own merge of a configuration."""
+  folder.mkdir(exist_ok=True)
+  file = folder / "merge.yml"
+  file.write_text(yaml.safe_dump(document))
+  return raw.Directory(merging.merge(mergekit.read(file), folder / "out", lookup=registry.load))
+
+
+def test_a_merge_of_different_vocabularies_end_to_end(models, tmp_path):
+  place = {n: str(models / n) for n in TEXTS}
+  parameters = {"weight": 0.5, "density": 0.6}
+  document = {
+    "merge_method": "ties",
+    "base_model": place["base"],
+    "models": [{"model": place[n], "parameters": parameters} for n in ("other", "third")],
+    "dtype": "float32",
+    "chat_template": "auto",
+    "tokenizer": {
+      "source": "union",
+      "pad_to_multiple_of": 16,
+      "tokens": {"<shared>": {"source": place["third"], "force": True}},
+    },
+  }
+  out, reference = ours(document, tmp_path), raw.Directory(theirs(document, tmp_path / "theirs"))
+  words, their_words = (
+    transformers.AutoTokenizer.from_pretrained(d.directory) for d in (out, reference)
+  )
+  mine, other = words.get_vocab(), their_words.get_vocab()
+  assert set(mine) == set(other) and words.chat_template == their_words.chat_template
+  assert out.config["vocab_size"] == reference.config["vocab_size"]
+  assert set(out.addresses()) == set(reference.addresses())
+  for tensor in out.addresses():
+    got, want = out.leaf(tensor), reference.leaf(tensor)
+    if tensor in (EMBED, HEAD):
+      got, want = got[[mine[w] for w in mine]], want[[other[w] for w in mine]]
+    np.testing.assert_allclose(got, want, atol=1e-7)
+
+
+def test_a_chat_template_alone(models, tmp_path):
+  document = {
+    "merge_method": "linear",
+    "models": [{"model": str(models / "base"), "parameters": {"weight": 1.0}}],
+    "chat_template": "chatml",
+  }
+  out = ours(document, tmp_path)
+  words = transformers.AutoTokenizer.from_pretrained(out.directory)
+  reference = transformers.AutoTokenizer.from_pretrained(theirs(document, tmp_path / "theirs"))
+  chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+  assert words.apply_chat_template(chat, tokenize=False) == reference.apply_chat_template(
+    chat, tokenize=False
+  )
+  assert words.get_vocab() == reference.get_vocab()
+
+
+def test_models_with_adapters_end_to_end(tuned, tmp_path):
+  base = raw.Directory(tuned / "base")
+  for name, rank in (("all", 4), ("planted", 2)):
+    extract.extract(base, raw.Directory(tuned / name), tmp_path / name, max_rank=rank)
+  document = {
+    "merge_method": "task_arithmetic",
+    "base_model": str(tuned / "base"),
+    "dtype": "float32",
+    "models": [
+      {"model": f"{tuned / 'base'}+{tmp_path / n}", "parameters": {"weight": w}}
+      for n, w in (("all", 0.5), ("planted", 0.8))
+    ],
+  }
+  mk_merge.run_merge(
+    mk_config.MergeConfiguration.model_validate(document),
+    str(tmp_path / "theirs"),
+    mk_options.MergeOptions(
+      copy_tokenizer=False, write_model_card=False, quiet=True, lora_merge_cache=str(tmp_path / "c")
+    ),
+  )
+  out, reference = ours(document, tmp_path / "ours"), raw.Directory(tmp_path / "theirs")
+  assert set(out.addresses()) == set(reference.addresses())
+  for tensor in out.addresses():
+    np.testing.assert_allclose(out.leaf(tensor), reference.leaf(tensor), atol=1e-6)
+
+
+def test_tensors_without_an_architecture(tmp_path):
+  rng = np.random.default_rng(0)
+  place = {}
+  for name in "abc":
+    place[name] = str(tmp_path / f"{name}.safetensors")
+    tensors = {"unet.conv.weight": (4, 3, 2, 2), "unet.blocks.0.w": (8, 5), "scale": (7,)}
+    drawn = {k: rng.normal(size=s).astype(np.float32) for k, s in tensors.items()}
+    safetensors_numpy.save_file(drawn, place[name])
+  for method, parameters in (
+    ("linear", {"weight": 0.4}),
+    ("ties", {"weight": 0.7, "density": 0.5}),
+    ("task_arithmetic", {"weight": 0.3}),
+  ):
+    document = {
+      "merge_method": method,
+      "models": [{"model": place[n], "parameters": parameters} for n in "bc"],
+      "dtype": "float32",
+    }
+    if method != "linear":
+      document["base_model"] = place["a"]
+    config = mk_raw.RawPyTorchMergeConfig.model_validate(document)
+    out = str(tmp_path / f"theirs {method}")
+    mk_graph.Executor(
+      mk_raw.plan_flat_merge(config, out, False, False, mk_options.MergeOptions(quiet=True))
+    ).execute()
+    got, want = ours(document, tmp_path / method), raw.Directory(out)
+    assert set(got.addresses()) == set(want.addresses())
+    for tensor in got.addresses():
+      np.testing.assert_allclose(got.leaf(tensor), want.leaf(tensor), atol=3e-7)
+    assert not (got.directory / "config.json").exists()
