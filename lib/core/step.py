@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from treesurgeon.core import leaves, literals, model, paths, programs, varied
+from treesurgeon.core import leaves, literals, model, paths, pieces, programs, varied
 from treesurgeon.core import needs as needs_lib
 
 compiled = programs.compiled
@@ -191,6 +191,7 @@ def over_leaves(
   wants: Mapping[str, needs_lib.Need] | None = None,
   random: bool = False,
   raw: bool = False,
+  split: bool | Callable[..., Sequence[Mapping[str, Any]]] = False,
   scope: Literal["leaf", "block"] = "leaf",
 ) -> Step:
   """Lift an array function to a step that changes every selected leaf by itself.
@@ -214,6 +215,9 @@ def over_leaves(
     wants: evidence by name.
     random: whether `fn` takes a key.
     raw: whether `fn` takes compressed leaves as they are; otherwise they come dense.
+    split: whether `fn` treats entries independently, so that a large host array may go through in
+      pieces of rows (`core.pieces`); or a function that makes it so: `split(w, donors, bounds,
+      **hyper)` -> further evidence for every piece.
     scope: "block" if a driver should recompute inputs between blocks.
 
   Returns:
@@ -229,6 +233,7 @@ def over_leaves(
   pattern = both(chosen, domain)
   wants = dict(wants or {})
   knobs = dict(knobs or {})
+  donors = next((n for n, need in wants.items() if isinstance(need, needs_lib.Donors)), None)
 
   def apply(m: model.Model, evidence: needs_lib.Evidence, key: jax.Array) -> model.Model:
     changes = {}
@@ -249,7 +254,14 @@ def over_leaves(
       if random:
         given["key"] = leaf_key(key, address)
       given.update(jax.tree.map(np.float32, turned))
-      changes[address] = compiled(fn, tuple(sorted(static.items())))(w, given)
+      call = compiled(fn, tuple(sorted(static.items())))
+      others = given[donors] if donors else ()
+      where = pieces.bounds(w, others) if split else None
+      if where is None:
+        changes[address] = call(w, given)
+      else:
+        more = split(w, others, where, **static) if callable(split) else None
+        changes[address] = pieces.through(call, w, given, donors, where, more)
     return m.update(changes)
 
   def units(names: Sequence[str]) -> Units:
@@ -260,7 +272,8 @@ def over_leaves(
     return over_leaves(
       fn, hyper=hyper, knobs=knobs, check=check,
       select=narrower if select is None else both(select, narrower),
-      default=default, domain=domain, wants=wants, random=random, raw=raw, scope=scope,
+      default=default, domain=domain, wants=wants, random=random, raw=raw, split=split,
+      scope=scope,
     )  # fmt: skip
 
   return Step(_aim(wants, pattern), apply, scope, {}, units, reselect)

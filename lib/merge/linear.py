@@ -84,6 +84,7 @@ def linear(
     hyper={"normalize": normalize},
     knobs={"weights": weights},
     check=_check,
+    split=True,
     select=select,
     default=".*",
     domain=".*",

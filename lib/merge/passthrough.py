@@ -50,5 +50,5 @@ def passthrough(*, scale: varied.Varied = 1.0, select: str | None = None) -> ste
     Goddard et al., Arcee's MergeKit, 2024, arXiv 2403.13257.
   """
   return step.over_leaves(
-    scaled, hyper={}, knobs={"scale": scale}, select=select, default=".*", domain=".*"
+    scaled, hyper={}, knobs={"scale": scale}, split=True, select=select, default=".*", domain=".*"
   )

@@ -81,6 +81,7 @@ def task_arithmetic(
     hyper={"normalize": normalize},
     knobs={"weights": weights, "lam": lam},
     check=weights_lib.check,
+    split=True,
     select=select,
     default=".*",
     domain=".*",

@@ -19,10 +19,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import leaves, model, needs, paths, step, varied
+from treesurgeon.core import leaves, model, needs, paths, pieces, step, varied
 from treesurgeon.merge import consensus, trim
 from treesurgeon.merge import weights as weights_lib
 
@@ -154,6 +155,7 @@ def ties(
       hyper={"normalize": normalize, "density": density},
       knobs=knobs,
       check=weights_lib.check,
+      split=_split,
       select=select,
       default=".*",
       domain=".*",
@@ -205,6 +207,30 @@ def _over_model(
     units,
     lambda narrower: _over_model(normalize, knobs, density, step.both(pattern, narrower), wants),
   )
+
+
+def _split(
+  w: np.ndarray,
+  donors: tuple[np.ndarray, ...],
+  where: pieces.Bounds,
+  *,
+  density: float | tuple[float, ...],
+  normalize: bool,
+) -> list[dict[str, Any]]:
+  """Trim a large host array as a whole, so that its pieces can be merged by themselves."""
+  del normalize
+  columns = []
+  for donor, share in zip(
+    donors, weights_lib.each(density, len(donors), name="density"), strict=True
+  ):
+    if share >= 1:
+      columns.append([None] * len(where))
+    elif share <= 0:
+      columns.append([(np.int32(2**31 - 1), np.int32(0))] * len(where))
+    else:
+      at, ties = trim.cut_pieces(w, donor, where, max(1, int(share * w.size)))
+      columns.append([(at, t) for t in ties])
+  return [{"cuts": cuts} for cuts in zip(*columns, strict=True)]
 
 
 def _cut(deltas: Sequence[jax.Array], share: float) -> tuple | None:

@@ -7,13 +7,21 @@ two guesses, interpolation between counts the next ones, bisection bounds the nu
 whatever the data; about nine passes are typical, twenty where many magnitudes are equal. Counting
 needs one all-reduce a pass on a mesh, and works over several arrays at once (a threshold for a
 whole model).
+
+A host array that streams from a file goes through in pieces instead, once: a sample brackets the
+threshold within about a hundredth of the entries, which are set aside while everything above them
+is counted, and the exact place is found among those.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
+
+from treesurgeon.core import pieces
 
 _TOP = 2**31 - 1  # one above every magnitude, NaN included, but for NaN of full payload
 _SAMPLE = 1 << 16
@@ -61,6 +69,68 @@ def cut(
     here = jnp.sum(b == low, dtype=jnp.int32)
     left = jnp.where(clean, _TOP, jnp.maximum(left - here, 0))
   return low, tuple(ties)
+
+
+def cut_pieces(
+  w: np.ndarray, donor: np.ndarray, where: pieces.Bounds, k: int
+) -> tuple[np.int32, list[np.int32]]:
+  """Find where the k largest changes of a host array end, in one pass over pieces of it.
+
+  Args:
+    w: the base's array.
+    donor: the donor's array.
+    where: rows of each piece.
+    k: how many entries to keep, 1 to all.
+
+  Returns:
+    (threshold, ties of each piece), as `cut` gives for the pieces' float32 differences.
+
+  Example:
+    >>> w, donor = np.zeros((2, 2), np.float32), np.array([[3, -1], [1, 2]], np.float32)
+    >>> threshold, ties = cut_pieces(w, donor, [(0, 1), (1, 2)], 2)
+    >>> threshold.view(np.float32).item(), [int(t) == 2**31 - 1 for t in ties]
+    (2.0, [True, True])
+  """
+  stride = max(1, w.size // _SAMPLE)
+  thin = [x.reshape(-1)[::stride] for x in (w, donor)]
+  sample = np.sort(np.asarray(_change_bits(*thin)))[::-1]
+  place = k / w.size * len(sample)
+  slack = 8 * (place * (1 - k / w.size) + 1) ** 0.5
+  high = sample[int(place - slack)] if place > slack else np.int32(_TOP)
+  low = sample[int(place + slack)] if place + slack < len(sample) else np.int32(0)
+
+  def look(i: int) -> tuple[int, Any]:
+    a, b = where[i]
+    bits = np.asarray(_change_bits(w[a:b], donor[a:b])).reshape(-1)
+    reach = bits >= low
+    over = bits > high
+    above = int(np.count_nonzero(over))
+    reach ^= over
+    # Where all the rest has one value, as unchanged entries do, its number is enough.
+    return above, int(np.count_nonzero(reach)) if low == high else bits[reach]
+
+  found = list(pieces.each(look, range(len(where))))
+  left = k - sum(above for above, _ in found)
+  counts = [n if low == high else len(n) for _, n in found]
+  if not 1 <= left <= sum(counts):  # the sample misled
+    whole = [_change_bits(w[a:b], donor[a:b]) for a, b in where]
+    at, ties = cut([jax.lax.bitcast_convert_type(x, jnp.float32) for x in whole], k)
+    return np.int32(at), [np.int32(t) for t in ties]
+  threshold = np.int32(low)
+  if low != high:
+    inside = np.concatenate([x for _, x in found])
+    threshold = np.partition(inside, len(inside) - left)[len(inside) - left]
+    left -= int(np.count_nonzero(inside > threshold))
+    counts = [int(np.count_nonzero(x == threshold)) for _, x in found]
+  if left == sum(counts):
+    return threshold, [np.int32(_TOP)] * len(where)
+  before = np.cumsum([0, *counts[:-1]])
+  return threshold, [np.int32(max(left - n, 0)) for n in before]
+
+
+@jax.jit
+def _change_bits(w: jax.Array, donor: jax.Array) -> jax.Array:
+  return _magnitude_bits(donor.astype(jnp.float32) - w.astype(jnp.float32))
 
 
 def kept(

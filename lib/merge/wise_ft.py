@@ -71,6 +71,7 @@ def wise_ft(
     hyper={},
     knobs={"alpha": alpha},
     check=spheres.exactly(1),
+    split=True,
     select=select,
     default=".*",
     domain=".*",
