@@ -81,8 +81,11 @@ def correlations(
   for tap, found in total.items():
     if isinstance(found, list):
       out.update({(tap, i): _pearson(s) for i, s in enumerate(found)})
-    else:
+    elif found[0].ndim == 2:
       out[tap, -1] = _pearson(found)
+    else:
+      host = [np.asarray(s) for s in found]
+      out.update({(tap, i): _pearson([s[i] for s in host]) for i in range(len(host[0]))})
   return out
 
 
@@ -138,28 +141,40 @@ def match(
   return matching.match(rest, a, b, index, rng=rng, sweeps=sweeps)
 
 
+def observe(spec: Any, params: Any, batch: Any, keep: Any) -> dict[str, Any]:
+  """Run a network on a batch and gather what is seen at its taps.
+
+  Args:
+    spec: architecture.
+    params: parameters.
+    batch: as for `models.nll`; labels are not read.
+    keep: called as keep(tap, value); what it returns is gathered unless None.
+
+  Returns:
+    Tap to values; those of blocks by layer.
+  """
+  if isinstance(spec, vision_spec.VisionSpec):
+    return vision.forward(spec, params, batch["inputs"], observe=keep).observed
+  tokens = batch["tokens"] if isinstance(batch, Mapping) else batch
+  return models.forward(spec, params, jnp.asarray(tokens), observe=keep).observed
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _sums(spec: Any, taps: tuple[str, ...], a: Any, b: Any, batch: Any) -> dict[str, Any]:
   def keep(name: str, x: jax.Array) -> jax.Array | None:
     return x.reshape(-1, x.shape[-1]) if name in taps else None
 
-  x, y = (_observed(spec, params, batch, keep) for params in (a, b))
-  return {
-    t: correlation(x[t], y[t])
-    if getattr(x[t], "ndim", 3) == 2
-    else [correlation(u, v) for u, v in zip(x[t], y[t], strict=True)]
-    for t in taps
-  }
+  x, y = (observe(spec, params, batch, keep) for params in (a, b))
+  out: dict[str, Any] = {}
+  for t in taps:
+    if isinstance(x[t], tuple):  # layers of unequal widths
+      out[t] = [correlation(u, v) for u, v in zip(x[t], y[t], strict=True)]
+    else:
+      out[t] = (correlation if x[t].ndim == 2 else jax.vmap(correlation))(x[t], y[t])
+  return out
 
 
-def _observed(spec: Any, params: Any, batch: Any, observe: Any) -> dict[str, Any]:
-  if isinstance(spec, vision_spec.VisionSpec):
-    return vision.forward(spec, params, batch["inputs"], observe=observe).observed
-  tokens = batch["tokens"] if isinstance(batch, Mapping) else batch
-  return models.forward(spec, params, jnp.asarray(tokens), observe=observe).observed
-
-
-def _pearson(sums: tuple[Any, ...]) -> np.ndarray:
+def _pearson(sums: Sequence[Any]) -> np.ndarray:
   cross, x, y, xx, yy, n = (np.asarray(s, np.float64) for s in sums)
   covariance = cross / n - (x / n) * (y / n)
   scale = np.sqrt(np.maximum(xx / n - (x / n) ** 2, 0)) * np.sqrt(
