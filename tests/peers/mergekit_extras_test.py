@@ -487,8 +487,8 @@ def test_a_merge_of_different_vocabularies_end_to_end(models, tmp_path):
 
 def test_a_chat_template_alone(models, tmp_path):
   document = {
-    "merge_method": "linear",
-    "models": [{"model": str(models / "base"), "parameters": {"weight": 1.0}}],
+    "merge_method": "passthrough",
+    "models": [{"model": str(models / "base")}],
     "chat_template": "chatml",
   }
   out = ours(document, tmp_path)
