@@ -46,7 +46,7 @@ def mean_entropy(
   """
   del key
   params = mixture.network(plan, parts, clamped(plan, coefficients))
-  return sum(networks.entropy(plan.spec, params, b) for b in batch) / len(batch)
+  return jnp.stack([networks.entropy(plan.spec, params, b) for b in batch]).mean()
 
 
 def clamped(plan: mixture.Plan, coefficients: Any) -> Any:

@@ -57,8 +57,8 @@ def weigh(
   weight = weights_lib.resolve(weights, len(donors), of="donors")
   precision = [c * jnp.maximum(f, floor) for c, f in zip(weight, fisher, strict=True)]
   total = sum(p * d.astype(jnp.float32) for p, d in zip(precision, donors, strict=True))
-  mode = total / sum(precision)
-  return ((1 - lam) * w.astype(jnp.float32) + lam * mode).astype(w.dtype)
+  mode = jnp.asarray(total) / sum(precision)
+  return jnp.asarray((1 - lam) * w.astype(jnp.float32) + lam * mode).astype(w.dtype)
 
 
 @step.method("merge.fisher")

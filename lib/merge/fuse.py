@@ -186,7 +186,7 @@ def fusion_loss(
   ce = -jnp.take_along_axis(logp, labels[:, None], axis=-1)[:, 0].mean()
   entropy = jnp.where(teacher > 0, teacher * jnp.log(jnp.where(teacher > 0, teacher, 1.0)), 0.0)
   kl = (entropy - teacher * logp).sum(axis=-1) * known
-  return lam * ce + (1 - lam) * kl.sum() / jnp.maximum(known.sum(), 1.0)
+  return jnp.asarray(lam * ce + (1 - lam) * kl.sum() / jnp.maximum(known.sum(), 1.0))
 
 
 def fuse(

@@ -224,7 +224,7 @@ def build(
 
 
 def _towards(w: jax.Array, goal: jax.Array, lam: ArrayLike) -> jax.Array:
-  return ((1 - lam) * w.astype(jnp.float32) + lam * goal).astype(w.dtype)
+  return jnp.asarray((1 - lam) * w.astype(jnp.float32) + lam * goal).astype(w.dtype)
 
 
 def _check(donors: int, *, weights: Sequence[float] | None, **rest: Any) -> None:
