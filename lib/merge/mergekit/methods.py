@@ -71,11 +71,11 @@ def _flag(argument: str | None, default: bool) -> Parameter:
   return Parameter(argument, parameters.flag, default)
 
 
-def _rescale(default: bool) -> Parameter:
+def _rescale(paper: str) -> Parameter:
   def convert(value: bool, compat: str) -> str:
-    return ("l1" if compat == "mergekit" else "expected") if value else "none"
+    return ("l1" if compat == "mergekit" else paper) if value else "none"
 
-  return Parameter("rescale", parameters.flag, default, convert=convert)
+  return Parameter("rescale", parameters.flag, True, convert=convert)
 
 
 def _tasks(
@@ -111,10 +111,10 @@ METHODS: dict[str, Method] = {
   "arcee_fusion": Method("merge.arcee_fusion", inputs=(2, 2)),
   "breadcrumbs": _tasks("merge.breadcrumbs", fixed=_ROWS, gamma=_GAMMA),
   "breadcrumbs_ties": _tasks("merge.breadcrumbs_ties", fixed=_ROWS, gamma=_GAMMA),
-  "dare_linear": _tasks("merge.dare_linear", rescale=_rescale(True)),
-  "dare_ties": _tasks("merge.dare_ties", rescale=_rescale(True)),
-  "della": _tasks("merge.della", normalize=True, rescale=_rescale(True), epsilon=_EPSILON),
-  "della_linear": _tasks("merge.della_linear", rescale=_rescale(True), epsilon=_EPSILON),
+  "dare_linear": _tasks("merge.dare_linear", rescale=_rescale("expected")),
+  "dare_ties": _tasks("merge.dare_ties", rescale=_rescale("expected")),
+  "della": _tasks("merge.della", normalize=True, rescale=_rescale("each"), epsilon=_EPSILON),
+  "della_linear": _tasks("merge.della_linear", rescale=_rescale("each"), epsilon=_EPSILON),
   "karcher": Method(
     "merge.karcher",
     base="ignored",
