@@ -134,7 +134,9 @@ def test_one_donor_and_other_leaves():
 
 def adapted_models():
   spec = models.Spec(vocab_size=13, d_model=8, num_layers=2, num_heads=2, d_ff=8)
-  m = model.Model(spec, models.init(spec, jax.random.key(0)))
+  shapes = jax.eval_shape(lambda: models.init(spec, jax.random.key(0)))
+  drawn = lambda x: jnp.asarray(RNG.standard_normal(x.shape), jnp.float32)
+  m = model.Model(spec, jax.tree.map(drawn, shapes))
   donors = []
   for seed in (1, 2):
     rng = np.random.default_rng(seed)

@@ -214,8 +214,9 @@ def test_host_memory_does_not_grow_with_donors():
 
 def test_a_transformer_is_merged_by_the_drivers():
   spec = models.Spec(vocab_size=13, d_model=8, num_layers=2, num_heads=2, d_ff=16)
-  m = model.Model(spec, models.init(spec, jax.random.key(0)))
-  donors = [model.Model(spec, models.init(spec, jax.random.key(i))) for i in (1, 2)]
+  shapes = jax.eval_shape(lambda: models.init(spec, KEY))
+  drawn = lambda x: jnp.asarray(0.1 * RNG.standard_normal(x.shape), jnp.float32)
+  m, *donors = (model.Model(spec, jax.tree.map(drawn, shapes)) for _ in range(3))
   out = drivers.run(opcm.opcm(), m, collect.Materials(donors=donors))
   got, wanted = wide(out), oracle(m, donors)[0]
   for name in wanted:
