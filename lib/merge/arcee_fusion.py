@@ -26,6 +26,7 @@ from treesurgeon.core import needs, step, varied
 from treesurgeon.merge import spheres, trim
 
 _EPSILON = 1e-8
+_SMALL = 0.25
 
 
 def fuse(
@@ -53,7 +54,7 @@ def fuse(
     [0.0, 0.0, 0.0, 0.0, 0.0, 2.0]
   """
   a, b = w.astype(jnp.float32), donors[0].astype(jnp.float32)
-  score = jnp.abs(b - a) * divergence(b, a, axis=axis)
+  score = jax.lax.optimization_barrier(jnp.abs(b - a) * divergence(b, a, axis=axis))
   first, median, third = (_ranked(score, q * (score.size - 1) // 4) for q in (1, 2, 3))
   taken = score >= median + 1.5 * (third - first)
   return (a + lam * jnp.where(taken, b - a, 0.0)).astype(w.dtype)
@@ -87,23 +88,29 @@ def divergence(
     return jnp.sum(v, axis=over, keepdims=True)
 
   log_q = jax.nn.log_softmax(y, axis=over)
-  q = jnp.exp(log_q)
+  q = jax.lax.optimization_barrier(jnp.exp(log_q))  # else each sum computes it anew
   d = x - y
-  d = d - total(q * d)  # a softmax does not change; now the sum below is not negative
-  near = jnp.log1p(total(q * jnp.expm1(jnp.minimum(d, 1.0))))
-  far = jax.nn.logsumexp(log_q + d, axis=over, keepdims=True)
-  log_ratio = d - jnp.where(jnp.max(d, axis=over, keepdims=True) > 1, far, near)
-  p = jnp.exp(log_q + log_ratio)
-  less = jnp.where(log_ratio > 1, p - q, q * jnp.expm1(jnp.minimum(log_ratio, 1.0)))
-  r = jnp.where(
-    2 * less < -q,
-    jnp.log((p + _EPSILON) / (q + _EPSILON)),
-    jnp.log1p(jnp.maximum(less, -q / 2) / (q + _EPSILON)),
-  )
-  q = q + _EPSILON
-  series = r * r * (1 / 2 + r * (1 / 3 + r * (1 / 8 + r * (1 / 30 + r / 144))))
-  g = jnp.where(jnp.abs(r) < 0.25, series, r * jnp.exp(r) - jnp.expm1(r))
-  return total(q * g)
+  d = d - total(q * d)  # a softmax does not change; now Σ q expm1(d) is not negative
+
+  def small() -> Array:
+    less = q * jnp.expm1(d - jnp.log1p(total(q * jnp.expm1(d))))
+    return total((q + _EPSILON) * _series(jnp.log1p(less / (q + _EPSILON))))
+
+  def large() -> Array:
+    near = jnp.log1p(total(q * jnp.expm1(jnp.minimum(d, 1.0))))
+    far = jax.nn.logsumexp(log_q + d, axis=over, keepdims=True)
+    log_ratio = d - jnp.where(jnp.max(d, axis=over, keepdims=True) > 1, far, near)
+    p = jnp.exp(log_q + log_ratio)
+    less = jnp.where(log_ratio > 1, p - q, q * jnp.expm1(jnp.minimum(log_ratio, 1.0)))
+    r = jnp.where(
+      2 * less < -q,
+      jnp.log((p + _EPSILON) / (q + _EPSILON)),
+      jnp.log1p(jnp.maximum(less, -q / 2) / (q + _EPSILON)),
+    )
+    g = jnp.where(jnp.abs(r) < _SMALL, _series(r), r * jnp.exp(r) - jnp.expm1(r))
+    return total((q + _EPSILON) * g)
+
+  return jax.lax.cond(jnp.max(jnp.abs(d)) < _SMALL / 2, small, large)
 
 
 @step.method("merge.arcee_fusion")
@@ -144,3 +151,8 @@ def _ranked(x: Float[Array, "*shape"], rank: int) -> Float[Array, ""]:
   threshold, _ = trim.cut([x], x.size - rank)
   inside = jax.lax.bitcast_convert_type(x, jnp.int32) >= threshold
   return jnp.min(jnp.where(inside, x, jnp.inf))
+
+
+def _series(r: Array) -> Array:
+  """Expand r exp(r) - expm1(r) around 0."""
+  return r * r * (1 / 2 + r * (1 / 3 + r * (1 / 8 + r * (1 / 30 + r / 144))))

@@ -13,11 +13,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import transformers
+from mergekit import config as mk_config
+from mergekit import merge as mk_merge
+from mergekit import options as mk_options
 from mergekit.merge_methods import api
 
+from treesurgeon import io
 from treesurgeon.merge import (
   arcee_fusion,
   karcher,
+  layer_swap,
   model_stock,
   multislerp,
   nearswap,
@@ -27,6 +33,7 @@ from treesurgeon.merge import (
   sce,
   slerp,
 )
+from treesurgeon.run import collect, drivers
 
 CLOSE = 3e-7
 SHAPES = [(64,), (48, 32), (8, 200), (1,)]
@@ -258,3 +265,38 @@ def test_bfloat16_storage():
     # Computed in float32: only what lies at the middle of two bfloat16 numbers may differ.
     assert (mine != rounded).mean() < 0.005
     agree(mine, wanted, 0.004 * np.abs(wanted).max())
+
+
+def test_layer_swap_equals_slices(tmp_path):
+  torch.manual_seed(0)
+  config = transformers.LlamaConfig(
+    vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=5, num_attention_heads=2,
+    max_position_embeddings=32, tie_word_embeddings=False,
+  )  # fmt: skip
+  for name in ("task", "language"):
+    net = transformers.LlamaForCausalLM(config)
+    net.load_state_dict({k: v + torch.randn_like(v) for k, v in net.state_dict().items()})
+    net.save_pretrained(tmp_path / name)
+  for bottom, top in ((2, 1), (0, 2), (1, 0)):
+    parts = [("language", 0, bottom), ("task", bottom, 5 - top), ("language", 5 - top, 5)]
+    slices = [
+      {"sources": [{"model": str(tmp_path / name), "layer_range": [start, stop]}]}
+      for name, start, stop in parts
+      if stop > start
+    ]
+    wanted = {"merge_method": "passthrough", "slices": slices, "dtype": "float32"}
+    out = tmp_path / f"{bottom}-{top}"
+    mk_merge.run_merge(
+      mk_config.MergeConfiguration.model_validate(wanted),
+      str(out),
+      mk_options.MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True),
+    )
+    task, language, wanted = (io.load(d) for d in (tmp_path / "task", tmp_path / "language", out))
+    mine = drivers.run(
+      layer_swap.layer_swap(bottom=bottom, top=top, transition=0),
+      task,
+      collect.Materials(donors=[language]),
+    )
+    assert sorted(mine.addresses()) == sorted(wanted.addresses())
+    for address in mine.addresses():
+      agree(np.asarray(mine.leaf(address)), np.asarray(wanted.leaf(address)), 0)
