@@ -91,7 +91,7 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
     raise ValueError(f"apply takes no positional argument, not {args[0]!r}; use --model=DIR")
   main.required(values, "model", "out")
   staging.check_output(values.out, values.overwrite)
-  transform = _transform(values)
+  transform = read_transform(values)
   source = checkpoint.Checkpoint(values.model)
   if values.driver == "stream":
     for one in transform:
@@ -104,7 +104,7 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
     shapes = paths.unflatten({a: source.struct(a) for a in source.addresses()})
     inspect.show(dry.dry_run(transform, model_lib.Model(source.spec, shapes)).params)
     return
-  materials = _materials(values, source, transform)
+  materials = bring(values, source, transform)
   execute(values, transform, source, materials, driver=values.driver)
 
 
@@ -166,7 +166,18 @@ def execute(
   print(f"wrote {values.out}")
 
 
-def _transform(values: flags.FlagValues) -> step.Transform:
+def read_transform(values: flags.FlagValues) -> step.Transform:
+  """Read the transform that flags and config spell.
+
+  Args:
+    values: parsed flags.
+
+  Returns:
+    The transform.
+
+  Raises:
+    ValueError: if there is none, or it cannot be read.
+  """
   spelled = list(values.transform)
   if values.config is not None:
     wanted = values.config.get("transform")
@@ -178,9 +189,22 @@ def _transform(values: flags.FlagValues) -> step.Transform:
   return step.chain(*(registry.parse(s) for s in spelled))
 
 
-def _materials(
+def bring(
   values: flags.FlagValues, source: checkpoint.Checkpoint, transform: step.Transform
 ) -> collect.Materials:
+  """Read what a transform needs: calibration text, donors, requests.
+
+  Args:
+    values: parsed flags.
+    source: the base model.
+    transform: what will be applied.
+
+  Returns:
+    The materials.
+
+  Raises:
+    ValueError: for texts that are too short, or of another number than the donors.
+  """
   named = [need for one in transform for need in one.needs.values()]
   donors = [n for need in named if isinstance(need, needs.Donors) for n in need.models]
   texts, recipe, digests = list(values.calibration), {}, {}

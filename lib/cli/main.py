@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-COMMANDS = ("apply", "merge", "moe", "extract-lora", "eval", "inspect", "export", "list")
+COMMANDS = ("apply", "merge", "moe", "extract-lora", "evolve", "eval", "inspect", "export", "list")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

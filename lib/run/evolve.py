@@ -18,8 +18,6 @@ from treesurgeon.core import model as model_lib
 from treesurgeon.merge import search as search_lib
 from treesurgeon.run import collect, drivers
 
-Bound = tuple[float, float]
-
 
 class Outcome(NamedTuple):
   """Hold what a search found.
@@ -41,7 +39,7 @@ class Outcome(NamedTuple):
 
 def search(
   template: Callable[..., step.Transform],
-  bounds: Mapping[str, Bound | Sequence[Bound]],
+  bounds: Mapping[str, Sequence[Any]],
   evaluator: Callable[[model_lib.Model], float],
   model: model_lib.Model,
   materials: collect.Materials | None = None,
@@ -118,7 +116,7 @@ def search(
 
 
 def _layout(
-  bounds: Mapping[str, Bound | Sequence[Bound]],
+  bounds: Mapping[str, Sequence[Any]],
 ) -> tuple[list[str], list[float], list[float], dict[str, int | None]]:
   """Return (argument of each coordinate, lows, highs, size of each tuple or None)."""
   names: list[str] = []
