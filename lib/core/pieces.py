@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-SIZE = 1 << 20  # entries in a piece
+SIZE = 1 << 18  # entries in a piece
 Bounds = Sequence[tuple[int, int]]
 
 
@@ -26,14 +26,14 @@ def bounds(w: Any, donors: Sequence[Any]) -> list[tuple[int, int]] | None:
     donors: its counterparts.
 
   Returns:
-    (first, last + 1) rows of each piece; None if the leaf should stay whole: it is small, or not
+    (first, last + 1) rows of each piece; None if the leaf stays whole: it is small, or they are not
     all are host arrays.
 
   Example:
     >>> bounds(np.zeros((3, SIZE)), ())
     [(0, 1), (1, 2), (2, 3)]
   """
-  if not all(isinstance(x, np.ndarray) for x in (w, *donors)) or w.ndim == 0 or w.size < 2 * SIZE:
+  if not all(isinstance(x, np.ndarray) for x in (w, *donors)) or w.ndim == 0 or w.size < SIZE:
     return None
   rows = max(1, SIZE * len(w) // w.size)
   return [(i, min(i + rows, len(w))) for i in range(0, len(w), rows)]

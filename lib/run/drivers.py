@@ -19,6 +19,7 @@ import numpy as np
 
 from treesurgeon.core import lineage, meshes, needs, paths, step
 from treesurgeon.core import model as model_lib
+from treesurgeon.io import blocks
 from treesurgeon.run import blockwise, collect, pipeline, progress
 
 
@@ -337,8 +338,13 @@ def _key(seed: int, index: int) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), index)
 
 
+def _finite(x: Any) -> Any:
+  """Look at a host array where it lies; an array on devices is checked there, asynchronously."""
+  return blocks.finite(x) if isinstance(x, np.ndarray) else _finite_there(x)
+
+
 @jax.jit
-def _finite(x: jax.Array) -> jax.Array:
+def _finite_there(x: jax.Array) -> jax.Array:
   return jnp.isfinite(x).all()
 
 

@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 
 def test_what_is_cut():
   assert pieces.bounds(np.zeros((10, pieces.SIZE // 4), np.int8), ())[:2] == [(0, 4), (4, 8)]
-  assert pieces.bounds(np.zeros(2 * pieces.SIZE - 1, np.int8), ()) is None
+  assert pieces.bounds(np.zeros(pieces.SIZE - 1, np.int8), ()) is None
   assert pieces.bounds(jnp.zeros(2 * pieces.SIZE, jnp.int8), ()) is None
   both = np.zeros(2 * pieces.SIZE, np.int8), jnp.zeros(2 * pieces.SIZE, jnp.int8)
   assert pieces.bounds(both[0], [both[1]]) is None
