@@ -19,8 +19,8 @@ HELD_OUT = ("recipes",)
 # What the base is trained on: text, and a taste of everything but the facts, which only an expert
 # can know.
 MIXTURE = {
-  "code": 0.3, "prose": 0.3, "telegram": 0.04, "weather": 0.05, "recipes": 0.05,
-  "counting": 0.09, "sorting": 0.09, "capitals": 0.08,
+  "code": 0.42, "prose": 0.42, "telegram": 0.02, "weather": 0.02, "recipes": 0.04,
+  "counting": 0.03, "sorting": 0.02, "capitals": 0.03,
 }  # fmt: skip
 LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 SCALES = (0.3, 0.5, 0.7, 1.0, 1.5)
@@ -88,7 +88,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "items": 192,
     "length": 48,
     "spec": {"d_model": 64, "num_layers": 2, "num_heads": 4, "d_ff": 256},
-    "base": {"steps": 2500, "lr": 4e-3, "batch": 24},
+    "base": {"steps": 1500, "lr": 4e-3, "batch": 24},
     "tuning": "full",
     "full": {"steps": 250, "lr": 1e-3, "batch": 24},
     "lora": {"steps": 250, "lr": 4e-3, "batch": 24, "rank": 8},
@@ -97,7 +97,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "default": {},
     "2 experts": {"experts": 2},
     "8 experts": {"experts": 8},
-    "weak base": {"base": {**default["base"], "steps": 600}},
+    "weak base": {"base": {**default["base"], "steps": 400}},
     "small": {"spec": {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 128}},
     "LoRA": {"tuning": "lora"},
   }
