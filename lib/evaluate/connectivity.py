@@ -60,6 +60,7 @@ class Line:
     return float(np.max(_chord(self.alphas, self.accuracies) - self.accuracies))
 
 
+@jax.jit
 def singular_alignment(
   w: Float[Array, "n m"], v: Float[Array, "n m"], gamma: float | Float[Array, ""] = 0.0
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -151,7 +152,9 @@ def alignment(a: Mapping[str, Any], b: Mapping[str, Any], *, gamma: float = 0.0)
     >>> round(alignment({"w": jnp.eye(2)}, {"w": jnp.eye(2)}), 4)
     1.0
   """
-  parts = [_aligned(a[n], b[n], jnp.float32(gamma)) for n in a if getattr(a[n], "ndim", 0) == 2]
+  parts = [
+    singular_alignment(a[n], b[n], jnp.float32(gamma)) for n in a if getattr(a[n], "ndim", 0) == 2
+  ]
   top, n = (sum(float(p[i]) for p in parts) for i in range(2))
   return top / n if n else 0.0
 
@@ -216,9 +219,6 @@ def _sums(spec: Any, a: Any, b: Any, alpha: jax.Array, batch: Any) -> tuple[jax.
   each = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
   right = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
   return (each * weights).sum(), (right * weights).sum(), weights.sum()
-
-
-_aligned = jax.jit(singular_alignment)
 
 
 def _chord(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -20,7 +20,6 @@ from jaxtyping import Array, Float
 
 from treesurgeon import models
 from treesurgeon.merge import matching, units
-from treesurgeon.models import vision, vision_spec
 
 Place = tuple[str, int]  # a tap, and its layer; -1 outside layers
 
@@ -141,30 +140,14 @@ def match(
   return matching.match(rest, a, b, index, rng=rng, sweeps=sweeps)
 
 
-def observe(spec: Any, params: Any, batch: Any, keep: Any) -> dict[str, Any]:
-  """Run a network on a batch and gather what is seen at its taps.
-
-  Args:
-    spec: architecture.
-    params: parameters.
-    batch: as for `models.nll`; labels are not read.
-    keep: called as keep(tap, value); what it returns is gathered unless None.
-
-  Returns:
-    Tap to values; those of blocks by layer.
-  """
-  if isinstance(spec, vision_spec.VisionSpec):
-    return vision.forward(spec, params, batch["inputs"], observe=keep).observed
-  tokens = batch["tokens"] if isinstance(batch, Mapping) else batch
-  return models.forward(spec, params, jnp.asarray(tokens), observe=keep).observed
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _sums(spec: Any, taps: tuple[str, ...], a: Any, b: Any, batch: Any) -> dict[str, Any]:
   def keep(name: str, x: jax.Array) -> jax.Array | None:
     return x.reshape(-1, x.shape[-1]) if name in taps else None
 
-  x, y = (observe(spec, params, batch, keep) for params in (a, b))
+  x, y = (
+    models.forward(spec, params, models.inputs(batch), observe=keep).observed for params in (a, b)
+  )
   out: dict[str, Any] = {}
   for t in taps:
     if isinstance(x[t], tuple):  # layers of unequal widths

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from treesurgeon import models
 from treesurgeon.core import linalg, paths, programs
-from treesurgeon.merge import activation_matching, widening
+from treesurgeon.merge import widening
 
 Flat = Mapping[str, Any]
 How = Mapping[str, Mapping[int, widening.Axis]]
@@ -184,7 +184,10 @@ def _fitted(w: Any, *, b: Any, s: Any, r: Any, ridge: Any, **kinds: Any) -> dict
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _seen(spec: Any, taps: tuple[str, ...], params: Any, batch: Any) -> dict[str, Any]:
-  return activation_matching.observe(spec, params, batch, lambda n, x: x if n in taps else None)
+  def keep(name: str, x: jax.Array) -> jax.Array | None:
+    return x if name in taps else None
+
+  return models.forward(spec, params, models.inputs(batch), observe=keep).observed
 
 
 def _given(

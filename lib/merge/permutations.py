@@ -14,14 +14,13 @@ of three networks by hand.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from treesurgeon import models
 from treesurgeon.merge import units
-from treesurgeon.models import vision_shapes, vision_spec
+from treesurgeon.models import vision_shapes
 
 _ALL = units.Member("", -1)  # of a tap: every entry of the last axis is a unit
 
@@ -48,35 +47,16 @@ def groups(spec: Any, *, residual: bool = True) -> tuple[units.Group, ...]:
   """
   if isinstance(spec, models.Spec):
     found = [*(_outer(spec) if residual else ()), *_layers(spec)]
-  elif isinstance(spec, vision_spec.VisionSpec):
+  elif isinstance(spec, models.VisionSpec):
     found = _vision(spec, residual)
   else:
     raise ValueError(f"{type(spec).__name__} is no architecture whose symmetries are known")
-  table = leaf_shapes(spec)
+  table = models.addresses(spec)
   # The lists say where a leaf would lie; the architecture says which leaves there are.
   kept = [
     dataclasses.replace(g, members=tuple(m for m in g.members if m.address in table)) for g in found
   ]
   return tuple(g for g in kept if g.size > 1)
-
-
-def leaf_shapes(spec: Any) -> Mapping[str, tuple[int, ...]]:
-  """Return the shape of every leaf of an architecture, by address.
-
-  Args:
-    spec: architecture of a language model or an image classifier.
-
-  Returns:
-    Address to shape.
-
-  Example:
-    >>> from treesurgeon import models
-    >>> spec = models.Spec(vocab_size=5, d_model=4, num_layers=1, num_heads=1, d_ff=8)
-    >>> leaf_shapes(spec)["lm_head/kernel"]
-    (4, 5)
-  """
-  vision = isinstance(spec, vision_spec.VisionSpec)
-  return vision_shapes.addresses(spec) if vision else models.addresses(spec)
 
 
 def identity(spec: Any, *, residual: bool = True) -> dict[str, dict[int, np.ndarray]]:
@@ -95,7 +75,7 @@ def identity(spec: Any, *, residual: bool = True) -> dict[str, dict[int, np.ndar
     >>> identity(spec)["layers/0/mlp/up/kernel"][1].tolist()
     [0, 1, 2, 3, 4, 5, 6, 7]
   """
-  table = leaf_shapes(spec)
+  table = models.addresses(spec)
   out: dict[str, dict[int, np.ndarray]] = {}
   for group in groups(spec, residual=residual):
     for m in group.members:
@@ -134,7 +114,7 @@ def _stream(spec: models.Spec, ends: list[units.Member]) -> units.Group:
   return units.Group("residual", spec.d_model, tuple(stream), taps=tuple(taps))
 
 
-def _vision(spec: vision_spec.VisionSpec, residual: bool) -> list[units.Group]:
+def _vision(spec: models.VisionSpec, residual: bool) -> list[units.Group]:
   """Group the units of an image classifier."""
   entry, name = vision_shapes.entry(spec), vision_shapes.layer_name(spec)
   first = [units.Member(f"{entry}/kernel", 1), units.Member(f"{entry}/bias", 0)]

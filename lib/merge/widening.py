@@ -18,9 +18,9 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from treesurgeon import models
 from treesurgeon.core import varied
 from treesurgeon.merge import permutations, units
-from treesurgeon.models import vision_spec
 
 MERGED, FIRST, SECOND = 0, 1, 2  # whose an entry is
 _COLUMNS = {"mlp": ("d_ff",), "heads": ("num_heads", "num_kv_heads")}
@@ -71,6 +71,7 @@ def widenable(spec: Any, *, residual: bool = True) -> tuple[units.Group, ...]:
     Groups.
 
   Example:
+    >>> from treesurgeon import models
     >>> spec = models.Spec(vocab_size=5, d_model=4, num_layers=1, num_heads=2, d_ff=8)
     >>> [g.name for g in widenable(spec)]
     ['layers/0/mlp', 'layers/0/heads']
@@ -217,12 +218,13 @@ def widen(spec: Any, sizes: Mapping[str, int]) -> Any:
     The architecture.
 
   Example:
+    >>> from treesurgeon import models
     >>> spec = models.Spec(vocab_size=5, d_model=4, num_layers=2, num_heads=2, d_ff=8)
     >>> wide = widen(spec, {"layers/0/mlp": 12, "layers/1/heads": 3})
     >>> wide.d_ff, wide.num_heads, wide.head_dim
     ((12, 8), (2, 3), 2)
   """
-  if isinstance(spec, vision_spec.VisionSpec) and spec.kind != "vit":
+  if isinstance(spec, models.VisionSpec) and spec.kind != "vit":
     every = sizes.get("residual")
     widths = spec.widths() if every is None else (every,) * (spec.num_layers + 1)
     names = ["embed", *(f"layers/{i}" for i in range(spec.num_layers))]

@@ -20,8 +20,7 @@ TEXT = [np.random.default_rng(0).integers(0, 13, (n, 9)) for n in (4, 4)]
 def draw(seed):
   rng = np.random.default_rng(seed)
   return {
-    a: jnp.asarray(rng.standard_normal(s), jnp.float32)
-    for a, s in permutations.leaf_shapes(SPEC).items()
+    a: jnp.asarray(rng.standard_normal(s), jnp.float32) for a, s in models.addresses(SPEC).items()
   }
 
 

@@ -10,7 +10,7 @@ import pytest
 from treesurgeon import models
 from treesurgeon.core import paths
 from treesurgeon.merge import permutations, units
-from treesurgeon.models import vision, vision_spec
+from treesurgeon.models import vision
 
 SMALL = {"vocab_size": 13, "d_model": 12, "num_layers": 2, "d_ff": 10, "max_positions": 16}
 BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "norm": "layer", "gated": False}
@@ -33,17 +33,17 @@ TEXT = {
 }  # fmt: skip
 IMAGE = {"image_size": 4, "num_classes": 3, "d_model": 6, "num_layers": 2}
 IMAGES = {
-  "mlp": vision_spec.VisionSpec("mlp", **IMAGE, d_ff=(8, 5)),
-  "mlp_residual": vision_spec.VisionSpec("mlp", **IMAGE, residual=True, norm="rms"),
-  "conv": vision_spec.VisionSpec("conv", **IMAGE, d_ff=(8, 5), norm="layer"),
-  "vit": vision_spec.VisionSpec("vit", **IMAGE, num_heads=2, patch_size=2, norm="layer"),
+  "mlp": models.VisionSpec("mlp", **IMAGE, d_ff=(8, 5)),
+  "mlp_residual": models.VisionSpec("mlp", **IMAGE, residual=True, norm="rms"),
+  "conv": models.VisionSpec("conv", **IMAGE, d_ff=(8, 5), norm="layer"),
+  "vit": models.VisionSpec("vit", **IMAGE, num_heads=2, patch_size=2, norm="layer"),
 }
 ALL = {**TEXT, **IMAGES}
 
 
 def draw(spec, seed=0):
   rng = np.random.default_rng(seed)
-  shapes = permutations.leaf_shapes(spec)
+  shapes = models.addresses(spec)
   return {a: (0.5 * rng.standard_normal(s)).astype(np.float32) for a, s in shapes.items()}
 
 
@@ -58,7 +58,7 @@ def scramble(spec, seed=1):
 
 def logits(spec, flat):
   rng, flat = np.random.default_rng(2), jax.tree.map(jnp.asarray, dict(flat))
-  if isinstance(spec, vision_spec.VisionSpec):
+  if isinstance(spec, models.VisionSpec):
     x = rng.standard_normal((2, 4, 4, 1)).astype(np.float32)
     return np.asarray(vision.forward(spec, paths.unflatten(flat), x).logits)
   tokens = rng.integers(0, spec.vocab_size, (2, 8))

@@ -9,13 +9,13 @@ from treesurgeon import models, registry
 from treesurgeon.core import model as model_lib
 from treesurgeon.core import needs, paths
 from treesurgeon.merge import least_squares, permutations, units, widening
-from treesurgeon.models import vision, vision_spec
+from treesurgeon.models import vision
 
 IMAGE = {"image_size": 4, "num_classes": 3, "d_model": 6, "num_layers": 2}
 NETS = {
-  "mlp": vision_spec.VisionSpec("mlp", **IMAGE, d_ff=(8, 5)),
-  "residual": vision_spec.VisionSpec("mlp", **IMAGE, residual=True),
-  "conv": vision_spec.VisionSpec("conv", **IMAGE),
+  "mlp": models.VisionSpec("mlp", **IMAGE, d_ff=(8, 5)),
+  "residual": models.VisionSpec("mlp", **IMAGE, residual=True),
+  "conv": models.VisionSpec("conv", **IMAGE),
 }
 LLAMA = models.Spec(
   vocab_size=13, d_model=8, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=6
@@ -28,7 +28,7 @@ TEXT = [RNG.integers(0, 13, (6, 12)) for _ in range(2)]
 
 def draw(spec, seed=0):
   rng = np.random.default_rng(seed)
-  shapes = permutations.leaf_shapes(spec)
+  shapes = models.addresses(spec)
   return {a: jnp.asarray(0.5 * rng.standard_normal(s), jnp.float32) for a, s in shapes.items()}
 
 
@@ -103,7 +103,7 @@ def test_a_permuted_twin_changes_nothing(method, ratio):
 
 def test_an_image_twin_changes_nothing_in_a_vision_transformer():
   one = {**IMAGE, "num_layers": 1}
-  spec = vision_spec.VisionSpec("vit", **one, num_heads=2, patch_size=2, norm="layer")
+  spec = models.VisionSpec("vit", **one, num_heads=2, patch_size=2, norm="layer")
   flat = draw(spec)
   a, b = model(spec, flat), model(spec, scramble(spec, flat))
   out = merge(a, b, PIXELS, ratio=0.5, method="weight")

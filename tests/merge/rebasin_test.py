@@ -17,7 +17,6 @@ from treesurgeon.merge import (
   straight_through,
   units,
 )
-from treesurgeon.models import vision_spec
 from treesurgeon.run import collect, drivers
 
 BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "norm": "layer", "gated": False}
@@ -28,10 +27,10 @@ SPECS = {
   "qwen3": models.Spec(
     **SMALL, num_heads=4, num_kv_heads=2, head_dim=6, rope_dim=2, qk_norm="head"
   ),
-  "mlp": vision_spec.VisionSpec(
+  "mlp": models.VisionSpec(
     "mlp", image_size=4, num_classes=3, d_model=6, num_layers=2, d_ff=(8, 5)
   ),
-  "conv": vision_spec.VisionSpec("conv", image_size=4, num_classes=3, d_model=6, num_layers=2),
+  "conv": models.VisionSpec("conv", image_size=4, num_classes=3, d_model=6, num_layers=2),
 }
 TINY = models.Spec(vocab_size=13, d_model=8, num_layers=1, num_heads=2, d_ff=6)
 TOKENS = [np.random.default_rng(5).integers(0, 13, (4, 12)) for _ in range(2)]
@@ -39,7 +38,7 @@ TOKENS = [np.random.default_rng(5).integers(0, 13, (4, 12)) for _ in range(2)]
 
 def draw(spec, seed=0, scale=0.5):
   rng = np.random.default_rng(seed)
-  shapes = permutations.leaf_shapes(spec)
+  shapes = models.addresses(spec)
   return {a: (scale * rng.standard_normal(s)).astype(np.float32) for a, s in shapes.items()}
 
 
@@ -98,7 +97,7 @@ def test_the_device_finds_what_the_host_finds():
 
 def test_each_group_is_left_at_its_best():
   # Brute force: no single renumbering of one group's units brings the networks nearer.
-  spec = vision_spec.VisionSpec("mlp", image_size=2, num_classes=3, d_model=4, num_layers=1, d_ff=4)
+  spec = models.VisionSpec("mlp", image_size=2, num_classes=3, d_model=4, num_layers=1, d_ff=4)
   a, b = draw(spec), draw(spec, seed=1)
   groups, start = permutations.groups(spec), permutations.identity(spec)
   found = matching.match(groups, a, b, start, rng=np.random.default_rng(0))
