@@ -154,6 +154,12 @@ TABLE: dict[str, Entry] = {
     oracle="tests/merge/breadcrumbs_test.py",
     note="equals mergekit 0.1.5 to the bit, ties at a cut aside; tests/peers/merge_sparse_test.py",
   ),
+  "merge.consensus": Entry(
+    factory="treesurgeon.merge.tall_masks:consensus",
+    paper="Wang et al., Localizing task information, 2024, arXiv 2405.07813",
+    oracle="tests/merge/tall_masks_test.py",
+    note="keeps what at least k TALL masks keep; k=0 is task arithmetic",
+  ),
   "merge.dare_linear": Entry(
     factory="treesurgeon.merge.dare:dare_linear",
     paper="Yu et al., Language models are Super Mario (DARE), 2023, arXiv 2311.03099",
@@ -177,6 +183,12 @@ TABLE: dict[str, Entry] = {
     paper="Deep et al., DELLA-Merging, 2024, arXiv 2406.11617",
     oracle="tests/merge/della_test.py",
     note="equals mergekit 0.1.5 given its masks, rescale='l1'; tests/peers/merge_sparse_test.py",
+  ),
+  "merge.emr": Entry(
+    factory="treesurgeon.merge.emr:emr",
+    paper="Huang et al., EMR-Merging, 2024, arXiv 2405.17461",
+    oracle="tests/merge/emr_test.py",
+    note="serves one donor; rescales by tensor, the paper with granularity='global'",
   ),
   "merge.fisher": Entry(
     factory="treesurgeon.merge.fisher:fisher",
@@ -223,6 +235,12 @@ TABLE: dict[str, Entry] = {
     oracle="tests/merge/linear_test.py",
     note="equals mergekit 0.1.5; tests/peers/merge_test.py",
   ),
+  "merge.magmax": Entry(
+    factory="treesurgeon.merge.magmax:magmax",
+    paper="Marczak et al., MagMax, 2024, arXiv 2407.06322",
+    oracle="tests/merge/magmax_test.py",
+    note="the merging step; the sequential fine-tuning before it is the user's",
+  ),
   "merge.model_stock": Entry(
     factory="treesurgeon.merge.model_stock:model_stock",
     paper="Jang et al., Model Stock, 2024, arXiv 2403.19522",
@@ -266,6 +284,12 @@ TABLE: dict[str, Entry] = {
     oracle="tests/merge/passthrough_test.py",
     note="equals mergekit 0.1.5; tests/peers/merge_spheres_test.py",
   ),
+  "merge.pcb": Entry(
+    factory="treesurgeon.merge.pcb:pcb",
+    paper="Du et al., Parameter competition balancing for model merging, 2024, arXiv 2410.02396",
+    oracle="tests/merge/pcb_test.py",
+    note="the authors' formulas and order statistics; theirs takes the model, granularity='global'",
+  ),
   "merge.pleas": Entry(
     factory="treesurgeon.merge.pleas:pleas",
     paper="Nasery et al., PLeaS, 2024, arXiv 2407.02447",
@@ -305,6 +329,12 @@ TABLE: dict[str, Entry] = {
     oracle="tests/merge/regmean_pp_test.py",
     note="RegMean through the blocks already merged; the blockwise driver makes the difference",
   ),
+  "merge.robust_weight_signatures": Entry(
+    factory="treesurgeon.merge.robust_weight_signatures:robust_weight_signatures",
+    paper="Cai et al., Robust weight signatures, 2023, arXiv 2302.12480",
+    oracle="tests/merge/robust_weight_signatures_test.py",
+    note="stored, put on and taken off to the bit by merge.weight_patch and merge.patching",
+  ),
   "merge.sce": Entry(
     factory="treesurgeon.merge.sce:sce",
     paper="Wan et al., FuseChat, 2024, arXiv 2408.07990",
@@ -329,6 +359,12 @@ TABLE: dict[str, Entry] = {
     oracle="tests/merge/soups_test.py",
     note="without the paper's temperature",
   ),
+  "merge.tall_masks": Entry(
+    factory="treesurgeon.merge.tall_masks:tall_masks",
+    paper="Wang et al., Localizing task information, 2024, arXiv 2405.07813",
+    oracle="tests/merge/tall_masks_test.py",
+    note="serves one donor; merge.task_store keeps all in two models and a bit an entry",
+  ),
   "merge.task_arithmetic": Entry(
     factory="treesurgeon.merge.task_arithmetic:task_arithmetic",
     paper="Ilharco et al., Editing models with task arithmetic, 2022, arXiv 2212.04089",
@@ -349,6 +385,12 @@ TABLE: dict[str, Entry] = {
     paper="Gargiulo et al., Task singular vectors, 2024, arXiv 2412.00081",
     oracle="tests/merge/tsv_merge_test.py",
     note="equals the official algorithm in float64 where no direction is null",
+  ),
+  "merge.twin": Entry(
+    factory="treesurgeon.merge.twin:twin",
+    paper="Lu et al., Twin-Merging, 2024, arXiv 2406.15479",
+    oracle="tests/merge/twin_test.py",
+    note="the router's weights are given; training a router is not included",
   ),
   "merge.unconstrained": Entry(
     factory="treesurgeon.merge.unconstrained:unconstrained",

@@ -56,6 +56,26 @@ def check(donors: int, *, weights: Sequence[float] | None, **rest: Any) -> None:
   resolve(weights, donors, of="donors")
 
 
+def check_task(donors: int, *, task: int, weights: Sequence[float] | None, **rest: Any) -> None:
+  """Check a donor's index too, for methods that serve one donor; for `step.over_leaves`.
+
+  Args:
+    donors: number of donors.
+    task: index of a donor.
+    weights: one number a donor, or None.
+    **rest: other hyper-parameters, not looked at.
+
+  Raises:
+    ValueError: as `resolve`, and for an index that no donor has.
+
+  Example:
+    >>> check_task(2, task=1, weights=None)
+  """
+  check(donors, weights=weights, **rest)
+  if not 0 <= task < donors:
+    raise ValueError(f"task={task}: there are {donors} donors; valid: 0 to {donors - 1}")
+
+
 def each(value: Any, count: int, *, name: str, of: str = "donors") -> tuple[Any, ...]:
   """Give every model its number of a hyper-parameter that may be one for all.
 
