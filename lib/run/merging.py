@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from treesurgeon.core import lineage, step
-from treesurgeon.io import checkpoint, raw, staging, writer
+from treesurgeon.io import raw, staging, writer
 from treesurgeon.merge import mergekit
 from treesurgeon.run import casting, collect, drivers
 
@@ -88,21 +88,6 @@ def merge(
   return out
 
 
-def digest(source: Any) -> str:
-  """Hash a model as a configuration names it, an adapter included.
-
-  Args:
-    source: what `mergekit.open_model` returned.
-
-  Returns:
-    Hexadecimal sha256.
-  """
-  if not hasattr(source, "source"):
-    return source.digest()
-  adapter = sorted(f for f in source.directory.iterdir() if f.name.startswith("adapter_"))
-  return checkpoint.digest({"": digest(source.source), **checkpoint.hash_files(adapter)})
-
-
 class _Pending(Mapping[str, str]):
   """Digests that are waited for when they are asked for."""
 
@@ -132,7 +117,7 @@ def _write(
 ) -> None:
   pool = concurrent.futures.ThreadPoolExecutor(1)
   try:
-    hashing = {role: pool.submit(digest, source) for role, source in plan.models.items()}
+    hashing = {role: pool.submit(mergekit.digest, source) for role, source in plan.models.items()}
     materials = collect.Materials(
       open_model=plan.donors.__getitem__, digests=_Pending(hashing), recipe=recipe
     )
@@ -169,18 +154,11 @@ def _apply(
 
 def _job(plan: mergekit.Plan, seed: int, compat: str) -> str:
   """Fingerprint all that the output's bytes depend on."""
-  stamps = {role: _stamp(source) for role, source in plan.models.items()}
+  stamps = {role: mergekit.stamp(source) for role, source in plan.models.items()}
   document = json.dumps(plan.document, sort_keys=True, default=str)
   texts = sorted(plan.texts.items())
   parts = (step.spell(plan.transform), document, compat, seed, sorted(stamps.items()), texts)
   return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _stamp(source: Any) -> str:
-  if not hasattr(source, "source"):
-    return source.stamp()
-  stats = [(f.name, (s := f.stat()).st_size, s.st_mtime_ns) for f in source.directory.iterdir()]
-  return f"{_stamp(source.source)} {source.directory} {sorted(stats)}"
 
 
 def _made(out: pathlib.Path, job: str) -> bool:

@@ -8,20 +8,18 @@ leaves out because it is tied is taken from its embedding.
 """
 
 import dataclasses
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from treesurgeon.core import needs, paths
 from treesurgeon.merge.mergekit import config as config_lib
-from treesurgeon.merge.mergekit import layers, methods
+from treesurgeon.merge.mergekit import layers, methods, modules
 
 # Computed when a model is built; older files hold them, newer ones do not.
 _BUFFERS = re.compile(r".*(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias|position_ids)")
 # What backbones saved without a head leave out of their names.
 _STEMS = ("model.", "transformer.", "gpt_neox.", "bert.", "roberta.", "distilbert.", "backbone.")
-_VISION = re.compile(r"vis|image")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +39,6 @@ class Entry:
   module: config_lib.Module
   names: tuple[str, ...]
   t: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-  """A tower of the output, what else goes with it, and what it is made of."""
-
-  tower: layers.Tower | None
-  loose: tuple[str, ...]
-  module: config_lib.Module
 
 
 class Assembly:
@@ -84,10 +73,10 @@ class Assembly:
     self._reference = config.models()[0]
     self.config = dict(settings[self._reference])
     self.entries: list[Entry] = []
-    for part in parts(config, self._whole()):
+    for part in modules.parts(config, self._whole()):
       part = self._completed(part, config)
       for piece in part.module.slices:
-        check_inputs(piece, config, method)
+        methods.check_inputs(piece, config, method)
       self._add(part)
     if method.base != "ignored" or config.form == "models":
       order = {n: i for i, n in enumerate(self._names[self._reference])}
@@ -110,7 +99,7 @@ class Assembly:
           more[name] = None
     return layers.Layout(mine.towers, (*mine.loose, *more))
 
-  def _completed(self, part: Part, config: config_lib.Config) -> Part:
+  def _completed(self, part: modules.Part, config: config_lib.Config) -> modules.Part:
     """Give `models` their layers, and the base its place among them."""
     module = part.module
     if all(i.layers is not None for s in module.slices for i in s.inputs):
@@ -144,7 +133,7 @@ class Assembly:
     held = ", ".join(repr(t.prefix) for t in towers) or "none"
     raise ValueError(f"{model} has no layers named {tower.prefix!r}; it has {held}")
 
-  def _add(self, part: Part) -> None:
+  def _add(self, part: modules.Part) -> None:
     pieces = part.module.slices
     for name in part.loose:
       piece = pieces[0] if layers.early(name) else pieces[-1]
@@ -166,7 +155,7 @@ class Assembly:
     return (mine[0].layers or (0, 0))[0] + offset
 
   def _add_layer(
-    self, part: Part, piece: config_lib.Slice, offset: int, layer: int, t: float
+    self, part: modules.Part, piece: config_lib.Slice, offset: int, layer: int, t: float
   ) -> None:
     assert part.tower is not None
     found = []
@@ -253,124 +242,6 @@ class Assembly:
   def _note(self, text: str) -> None:
     if text not in self.notes:
       self.notes.append(text)
-
-
-def parts(config: config_lib.Config, layout: layers.Layout) -> Iterator[Part]:
-  """Match a configuration's modules with the towers of its reference model.
-
-  Args:
-    config: the merge.
-    layout: of the base or, without one, the first model.
-
-  Returns:
-    The parts, which together hold all of the layout's tensors.
-
-  Raises:
-    ValueError: for slices over several towers, or modules that do not fit them.
-
-  Example:
-    >>> document = {"merge_method": "linear", "models": [{"model": "a"}]}
-    >>> found = layers.layout(["wte", "h.0.w"], {"n_layer": 1})
-    >>> [p.loose for p in parts(config_lib.parse(document), found)]
-    [(), ('wte',)]
-  """
-  towers = layout.towers
-  if config.form == "models":
-    for tower in towers:
-      yield Part(tower, (), config.modules[""])
-    yield Part(None, layout.loose, config.modules[""])
-  elif config.form == "slices":
-    if len(towers) != 1:
-      held = ", ".join(repr(t.prefix) for t in towers) or "none"
-      raise ValueError(
-        f"'slices' need a model with one stack of layers; found {held}; use 'modules' with one "
-        "entry for each of them"
-      )
-    yield Part(towers[0], layout.loose, config.modules[""])
-  else:
-    yield from _modules(config.modules, layout)
-
-
-def check_inputs(
-  piece: config_lib.Slice, config: config_lib.Config, method: methods.Method
-) -> None:
-  """Refuse a slice whose models are not what the method merges.
-
-  Args:
-    piece: the slice.
-    config: the merge.
-    method: its method.
-
-  Raises:
-    ValueError: naming the slice and what it lacks or has too much of.
-  """
-  models = [i.model for i in piece.inputs]
-  base = piece.base or config.base
-  where, name = piece.where, config.method
-  twice = [m for k, m in enumerate(models) if m in models[:k]]
-  if twice:
-    raise ValueError(f"{where}: {twice[0]} is listed twice")
-  if method.base == "required" and base is None:
-    raise ValueError(f"merge_method {name!r} needs a base_model")
-  if method.base != "ignored" and base is not None and base not in models:
-    raise ValueError(f"{where}: the base_model {base} must be among the sources of the slice")
-  has_base = method.base != "ignored" and base is not None
-  for count, (low, high), what in (
-    (len(models), method.inputs, "models"),
-    (len(models) - has_base, method.others, "models besides the base"),
-  ):
-    if not low <= count <= high:
-      wanted = str(low) if low == high else f"at least {low}"
-      if low < high < math.inf or (count > high and low != high):
-        wanted = f"at most {high}"
-      hint = f" ({', '.join(models)})" if models else ""
-      raise ValueError(f"{where}: merge_method {name!r} takes {wanted} {what}, not {count}{hint}")
-
-
-def _modules(modules: Mapping[str, config_lib.Module], layout: layers.Layout) -> Iterator[Part]:
-  towers = {name: _tower_of(name, layout.towers) for name in modules}
-  used = [t for t in towers.values() if t is not None]
-  missing = [t.prefix for t in layout.towers if t not in used]
-  if missing or len(set(used)) < len(used):
-    raise ValueError(
-      f"modules: {', '.join(modules)} do not fit the model's stacks of layers, "
-      f"{', '.join(repr(t.prefix) for t in layout.towers)}; name one module after each, such as "
-      f"{layout.towers[0].prefix.rstrip('.')!r}"
-    )
-  loose: dict[str, list[str]] = {name: [] for name in modules}
-  for tensor in layout.loose:
-    loose[max(modules, key=lambda name: _affinity(tensor, name, towers[name]))].append(tensor)
-  for name, module in modules.items():
-    yield Part(towers[name], tuple(loose[name]), module)
-
-
-def _tower_of(name: str, towers: Sequence[layers.Tower]) -> layers.Tower | None:
-  """Find the tower that a module is named after, or one of mergekit's usual names means."""
-  named = [t for t in towers if f"{t.prefix}.".startswith(f"{name}.")]
-  if len(named) == 1 or (name == "default" and len(towers) == 1):
-    return named[0] if named else towers[0]
-  kinds = {
-    "vision": [t for t in towers if _VISION.search(t.prefix)],
-    "encoder": [t for t in towers if "encoder" in t.prefix and not _VISION.search(t.prefix)],
-    "decoder": [t for t in towers if "encoder" not in t.prefix and not _VISION.search(t.prefix)],
-  }
-  words = {"vision": r"vis|image", "encoder": r"encoder", "decoder": r"text|language|decoder"}
-  for kind, pattern in words.items():
-    if re.search(pattern, name) and len(kinds[kind]) == 1:
-      return kinds[kind][0]
-  return None
-
-
-def _affinity(tensor: str, name: str, tower: layers.Tower | None) -> int:
-  """Score how much a tensor outside the layers belongs to a module."""
-  if tower is None:
-    return 99 if any(len(w) > 4 and w in tensor for w in re.split(r"[_.]", name)) else -1
-  shared = 0
-  for a, b in zip(tensor.split("."), tower.prefix.split("."), strict=False):
-    if a != b:
-      break
-    shared += 1
-  return 2 * shared + (not _VISION.search(tower.prefix))
 
 
 def _remedy(name: str, a: tuple[int, ...], b: tuple[int, ...]) -> str:

@@ -7,11 +7,8 @@ nearest valid one, so that a misspelt parameter cannot silently take its default
 
 import dataclasses
 import difflib
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import yaml
 
 DTYPES = ("float32", "bfloat16", "float16")
 _TOP = (
@@ -103,66 +100,6 @@ class Config:
     return list(dict.fromkeys([*bases[:1], *named, *bases]))
 
 
-def read(path: str | pathlib.Path) -> tuple[Config, ...]:
-  """Read a file of one or more merges, each a YAML document.
-
-  Args:
-    path: YAML file. Model paths in it are relative to the working directory.
-
-  Returns:
-    The merges in an order in which each comes after those it refers to, the output's last.
-
-  Raises:
-    ValueError: naming the file, the key, the value and what would be valid.
-  """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise ValueError(f"{path} is not a file; expected a mergekit YAML configuration")
-  try:
-    documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
-  except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-    raise ValueError(f"{path} is not YAML: {error}") from error
-  try:
-    return order([parse(d) for d in documents if d is not None])
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
-
-
-def order(configs: Sequence[Config]) -> tuple[Config, ...]:
-  """Put merges that refer to each other by name into an order in which they can be made.
-
-  Args:
-    configs: merges; at most one has no name, and it makes the output.
-
-  Returns:
-    The merges, dependencies first. Without an unnamed one the last document is the output.
-
-  Raises:
-    ValueError: for no merge, a name given twice, merges in a circle, or one that nothing uses.
-
-  Example:
-    >>> half = {"merge_method": "passthrough", "models": [{"model": "a"}], "name": "half"}
-    >>> rest = {"merge_method": "passthrough", "models": [{"model": "half"}]}
-    >>> [c.name for c in order([parse(rest), parse(half)])]
-    ['half', None]
-  """
-  if not configs:
-    raise ValueError("the file holds no merge; expected a mergekit configuration")
-  named: dict[str | None, Config] = {}
-  for config in configs:
-    if config.name in named:
-      what = "merges without a name" if config.name is None else f"merges named {config.name!r}"
-      raise ValueError(f"two {what}; each but the last one needs a 'name' of its own")
-    named[config.name] = config
-  last = named.get(None, configs[-1])
-  done: list[Config] = []
-  _visit(last, named, done, ())
-  unused = [str(c.name) for c in configs if c not in done]
-  if unused:
-    raise ValueError(f"the merge {unused[0]!r} is not used by any that leads to the output")
-  return tuple(done)
-
-
 def parse(document: Any) -> Config:
   """Check one parsed document.
 
@@ -236,20 +173,6 @@ def known(mapping: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
       near = difflib.get_close_matches(str(key), keys, n=1)
       hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(keys) or 'none'}"
       raise ValueError(f"{where}: unknown key {key!r}; {hint}")
-
-
-def _visit(
-  config: Config, named: Mapping[str | None, Config], done: list[Config], trail: tuple
-) -> None:
-  if config.name in trail:
-    circle = " -> ".join(map(str, (*trail[trail.index(config.name) :], config.name)))
-    raise ValueError(f"merges refer to each other in a circle: {circle}")
-  for model in config.models():
-    other = named.get(model.split("+")[0])
-    if other is not None and other not in done:
-      _visit(other, named, done, (*trail, config.name))
-  if config not in done:
-    done.append(config)
 
 
 def _module(item: Any, where: str) -> Module:

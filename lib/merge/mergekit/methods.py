@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from treesurgeon.core import literals, step
+from treesurgeon.merge.mergekit import config as config_lib
 from treesurgeon.merge.mergekit import parameters
 
 COMPATS = ("mergekit", "paper")
@@ -215,6 +216,40 @@ def find(name: str, lookup: Lookup) -> tuple[Method, Factory]:
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(METHODS)}"
     raise ValueError(f"merge_method={name!r} is not known; {hint}") from error
   return METHODS.get(name) or _ours(full, factory), factory
+
+
+def check_inputs(piece: config_lib.Slice, config: config_lib.Config, method: Method) -> None:
+  """Refuse a slice whose models are not what the method merges.
+
+  Args:
+    piece: the slice.
+    config: the merge.
+    method: its method.
+
+  Raises:
+    ValueError: naming the slice and what it lacks or has too much of.
+  """
+  models = [i.model for i in piece.inputs]
+  base = piece.base or config.base
+  where, name = piece.where, config.method
+  twice = [m for k, m in enumerate(models) if m in models[:k]]
+  if twice:
+    raise ValueError(f"{where}: {twice[0]} is listed twice")
+  if method.base == "required" and base is None:
+    raise ValueError(f"merge_method {name!r} needs a base_model")
+  if method.base != "ignored" and base is not None and base not in models:
+    raise ValueError(f"{where}: the base_model {base} must be among the sources of the slice")
+  has_base = method.base != "ignored" and base is not None
+  for count, (low, high), what in (
+    (len(models), method.inputs, "models"),
+    (len(models) - has_base, method.others, "models besides the base"),
+  ):
+    if not low <= count <= high:
+      wanted = str(low) if low == high else f"at least {low}"
+      if low < high < math.inf or (count > high and low != high):
+        wanted = f"at most {high}"
+      hint = f" ({', '.join(models)})" if models else ""
+      raise ValueError(f"{where}: merge_method {name!r} takes {wanted} {what}, not {count}{hint}")
 
 
 def varies(factory: Factory, argument: str) -> bool:

@@ -7,7 +7,6 @@ in float32 and round once, to `dtype`; with `dtype: float32` the two agree.
 """
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,12 +20,10 @@ from treesurgeon.io import (
   chat_templates,
   raw,
   remapped,
-  safetensors,
   tokenizer_files,
   vocabulary,
-  with_lora,
 )
-from treesurgeon.merge.mergekit import assembly, methods, parameters, values
+from treesurgeon.merge.mergekit import assembly, methods, opening, parameters, values
 from treesurgeon.merge.mergekit import config as config_lib
 
 CONFIG = "mergekit_config.yml"
@@ -91,10 +88,10 @@ def plan(
   found = values.Values(config, method, factory, compat)
   for part in config.modules.values():
     for piece in part.slices if config.form != "models" else ():
-      assembly.check_inputs(piece, config, method)
-  sources = {name: (opened or open_model)(name) for name in config.models()}
-  settings = {name: _settings(source) for name, source in sources.items()}
-  homes = {name: _home(source) for name, source in sources.items()}
+      methods.check_inputs(piece, config, method)
+  sources = {name: (opened or opening.open_model)(name) for name in config.models()}
+  settings = {name: opening.settings(source) for name, source in sources.items()}
+  homes = {name: opening.home(source) for name, source in sources.items()}
   readers, texts, rows, notes = _vocabulary(config, sources, homes)
   made = assembly.Assembly(config, method, readers, settings)
   entries = made.entries
@@ -123,58 +120,6 @@ def plan(
     texts=texts,
     document=config.document,
   )
-
-
-def open_model(name: str) -> Any:
-  """Open a model of a configuration: a directory, or `directory+adapter`.
-
-  A hub name is looked up among the snapshots that Hugging Face's tools keep; nothing is downloaded.
-
-  Args:
-    name: as the configuration spells it.
-
-  Returns:
-    A source of tensors under their own names.
-
-  Raises:
-    ValueError: if there is no such directory.
-  """
-  if "+" in name and not pathlib.Path(name).is_dir():
-    model, adapter = name.split("+", 1)
-    return with_lora.WithLora(raw.Directory(_directory(model)), _directory(adapter))
-  return raw.Directory(_directory(name))
-
-
-def _directory(name: str) -> pathlib.Path:
-  path = pathlib.Path(name).expanduser()
-  if path.exists():
-    single = path.is_file() and path.suffix == ".safetensors"
-    return path if single else safetensors.check_folder(path)
-  repository, _, revision = name.partition("@")
-  home = os.environ.get("HF_HOME", "~/.cache/huggingface")
-  hub = pathlib.Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
-  held = hub / f"models--{repository.replace('/', '--')}"
-  pointer = held / "refs" / (revision or "main")
-  commit = pointer.read_text().strip() if pointer.is_file() else revision
-  if commit and (held / "snapshots" / commit).is_dir():
-    return held / "snapshots" / commit
-  raise ValueError(
-    f"{name} is no directory, and no snapshot of a hub repository of that name is in {hub}; "
-    "download it first, or give a path"
-  )
-
-
-def _home(source: Any) -> pathlib.Path | None:
-  """Find the directory whose tokenizer belongs to a model, an adapter's base's; a file has none."""
-  if hasattr(source, "source"):
-    return _home(source.source)
-  home = getattr(source, "directory", None)
-  return home if home is not None and home.is_dir() else None
-
-
-def _settings(source: Any) -> Mapping[str, Any]:
-  """Find a model's config.json, an adapter's base's."""
-  return _settings(source.source) if hasattr(source, "source") else getattr(source, "config", {})
 
 
 def _vocabulary(
