@@ -115,6 +115,12 @@ def plan(
   out.add_tokens([tokenizers.AddedToken(t, special=False) for t in settings if t not in known])
   ids = dict(sorted(out.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]))
   size = max(ids.values()) + 1
+  rows = {name: _rows(ids, w) for name, w in words.items()}
+  nowhere = [
+    t for t, i in ids.items() if t not in settings and all(r[i] < 0 for r in rows.values())
+  ]
+  if nowhere:
+    notes += (f"{len(nowhere)} tokens such as {nowhere[0]!r} are in no model: their rows are zero",)
   step = pad_to_multiple_of or 1
   template = chat_template
   if template is not None:
@@ -125,7 +131,7 @@ def plan(
   return Vocabulary(
     ids=ids,
     size=-(-size // step) * step,
-    rows={name: _rows(ids, w) for name, w in words.items()},
+    rows=rows,
     tokens=settings,
     files=tokenizer_files.files(home, out, template),
     notes=notes,

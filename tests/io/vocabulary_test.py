@@ -119,6 +119,13 @@ def test_other_vocabularies_than_the_union(models):
     assert list(vocabulary.plan(directories, source=source).ids) == list(THIRD)
 
 
+def test_a_token_that_no_model_has_is_noted_and_zero(tmp_path, models):
+  directories, sources = models
+  plan = vocabulary.plan(directories, source=str(write(tmp_path / "more", (*BASE, "q"))))
+  assert plan.notes == ("1 tokens such as 'q' are in no model: their rows are zero",)
+  assert not remapped.remap(plan, sources)["base"].leaf(EMBED)[3].any()
+
+
 def test_padding_is_the_mean_row(models):
   directories, sources = models
   plan = vocabulary.plan(directories, pad_to_multiple_of=4)

@@ -314,6 +314,39 @@ def test_extracted_adapters_approach_the_fine_tune_in_peft(tuned, tmp_path):
   assert distances[0] > distances[1] > distances[2] and distances[2] < 1e-5
 
 
+FAMILIES = {
+  "tied": (transformers.LlamaConfig(**SIZES, vocab_size=40, tie_word_embeddings=True)),
+  "biases": (transformers.Qwen2Config(**SIZES, vocab_size=40, tie_word_embeddings=False)),
+  "conv": transformers.GPT2Config(
+    vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
+  ),
+  "neox": transformers.GPTNeoXConfig(
+    **{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}, vocab_size=40
+  ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_adapter_of_full_rank_is_the_fine_tune_in_peft(tmp_path, name):
+  torch.manual_seed(3)
+  model = transformers.AutoModelForCausalLM.from_config(FAMILIES[name])
+  model.save_pretrained(tmp_path / "base")
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter.add_(0.05 * torch.randn_like(parameter))
+  model.save_pretrained(tmp_path / "tuned")
+  extract.extract(
+    raw.Directory(tmp_path / "base"),
+    raw.Directory(tmp_path / "tuned"),
+    tmp_path / "adapter",
+    max_rank=64,
+    model_type=FAMILIES[name].model_type,
+  )
+  fresh = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+  adapted = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+  np.testing.assert_allclose(logits(adapted), logits(model.eval()), atol=2e-5)
+
+
 def test_a_planted_rank_is_recovered_in_peft(tuned, tmp_path):
   base, planted = raw.Directory(tuned / "base"), raw.Directory(tuned / "planted")
   done = extract.extract(base, planted, tmp_path / "out", max_rank=8, epsilon=1e-4)
@@ -428,7 +461,7 @@ def test_mixtures_are_those_of_mergekit(dense, tmp_path, name, mode):
   assert set(want) == set(made.state_dict())
   for tensor, x in made.state_dict().items():
     # mergekit finds hidden states in bfloat16.
-    near = 0.05 if mode == "hidden" and "gate.weight" in tensor else 1e-6
+    near = 0.01 if mode == "hidden" and "gate.weight" in tensor else 1e-6
     np.testing.assert_allclose(x.numpy(), want[tensor].numpy(), atol=near)
 
 
