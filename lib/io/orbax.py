@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from treesurgeon.core import leaves, lineage, model, paths
 from treesurgeon.io import packed, staging
 from treesurgeon.models import spec as specs
+from treesurgeon.models import vision_spec
 
 _OPTIMIZER = "opt_state"
 
@@ -63,7 +64,9 @@ def save(m: model.Model, directory: str | Path, *, overwrite: bool = False) -> N
   """
   staging.check_output(directory, overwrite)
   arrays, meta = _encode(m.params, ())
-  meta |= {"spec": dataclasses.asdict(m.spec), "lineage": lineage.to_json(m.lineage)}
+  kind = "vision" if isinstance(m.spec, vision_spec.VisionSpec) else "transformer"
+  meta |= {"spec": dataclasses.asdict(m.spec), "network": kind}
+  meta |= {"lineage": lineage.to_json(m.lineage)}
   path = Path(directory).absolute()
   new = path.with_name(f".{path.name}.partial")
   with _checkpointer() as checkpointer:
@@ -95,7 +98,8 @@ def restore(directory: str | Path, *, like: Mapping[str, Any] | None = None) -> 
     arrays = checkpointer.restore(path, args=_restore_args(meta, State(0, like or {})))["arrays"]
   fields = {k: _tuples(v) for k, v in meta["spec"].items()}
   records = lineage.from_json(meta["lineage"])
-  return model.Model(specs.Spec(**fields), _decode(arrays, meta), records)
+  make = vision_spec.VisionSpec if meta.get("network") == "vision" else specs.Spec
+  return model.Model(make(**fields), _decode(arrays, meta), records)
 
 
 class Keeper:

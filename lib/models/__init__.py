@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks as pure functions of a static description and a tree of leaves."""
 
-from treesurgeon.models.decoder import Output, embed, forward, head
+from treesurgeon.models.decoder import Output
 from treesurgeon.models.generation import extend, generate, init_cache
-from treesurgeon.models.losses import entropy, nll, predictions
-from treesurgeon.models.shapes import addresses, init
+from treesurgeon.models.losses import entropy, inputs, nll, predictions
+from treesurgeon.models.network import addresses, block, embed, forward, head, init
 from treesurgeon.models.spec import PER_LAYER, Spec
-from treesurgeon.models.stack import block
 from treesurgeon.models.taps import BLOCK_TAPS, OUTER_TAPS, tap_of
+from treesurgeon.models.vision_spec import VisionSpec
 
 __all__ = [
   "BLOCK_TAPS",
@@ -15,6 +15,7 @@ __all__ = [
   "PER_LAYER",
   "Output",
   "Spec",
+  "VisionSpec",
   "addresses",
   "block",
   "embed",
@@ -25,6 +26,7 @@ __all__ = [
   "head",
   "init",
   "init_cache",
+  "inputs",
   "nll",
   "predictions",
   "tap_of",

@@ -2,7 +2,8 @@
 """What a network says of a batch, and how well: the losses that methods with data share.
 
 A batch is a token array (batch, length), whose every next token is a label, or a mapping with
-"tokens" and optional "weights" (batch, length - 1).
+"tokens" and optional "weights" (batch, length - 1), or a mapping of images with "inputs", "labels"
+(batch,) and optional "weights" (batch,).
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from treesurgeon.models import decoder
+from treesurgeon.models import network
 
 Batch = Any
 
@@ -38,9 +39,28 @@ def predictions(
     >>> [x.shape for x in predictions(spec, params, jnp.zeros((2, 3), jnp.int32))]
     [(4, 5), (4,), (4,)]
   """
-  tokens, weights = _parts(batch)
-  logits = decoder.forward(spec, params, tokens[:, :-1]).logits
-  return logits.reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1), weights.reshape(-1)
+  x, labels, weights = _parts(batch)
+  logits = network.forward(spec, params, x).logits
+  return logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), weights.reshape(-1)
+
+
+def inputs(batch: Batch) -> Array:
+  """Return what of a batch enters the network, for statistics: all tokens, or the images.
+
+  Args:
+    batch: see the module.
+
+  Returns:
+    The array that `embed` takes.
+
+  Example:
+    >>> inputs({"inputs": jnp.ones((2, 4)), "labels": jnp.zeros(2, int)}).shape
+    (2, 4)
+  """
+  if isinstance(batch, Mapping):
+    _check(batch)
+    batch = batch["inputs" if "inputs" in batch else "tokens"]
+  return jnp.asarray(batch)
 
 
 def nll(spec: Any, params: Any, batch: Batch) -> Float[Array, ""]:
@@ -90,10 +110,20 @@ def entropy(spec: Any, params: Any, batch: Batch) -> Float[Array, ""]:
   return jnp.sum(each * weights) / jnp.maximum(jnp.sum(weights), 1.0)
 
 
-def _parts(batch: Batch) -> tuple[jax.Array, jax.Array]:
-  if isinstance(batch, Mapping):
-    tokens, given = jnp.asarray(batch["tokens"]), batch.get("weights")
+def _parts(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Return inputs, labels, and weights of the labels' shape."""
+  given = batch.get("weights") if isinstance(batch, Mapping) else None
+  x = inputs(batch)
+  if isinstance(batch, Mapping) and "inputs" in batch:
+    labels = jnp.asarray(batch["labels"])
   else:
-    tokens, given = jnp.asarray(batch), None
-  shape = (tokens.shape[0], tokens.shape[1] - 1)
-  return tokens, jnp.ones(shape, jnp.float32) if given is None else jnp.asarray(given)
+    x, labels = x[:, :-1], x[:, 1:]
+  return x, labels, jnp.ones(labels.shape, jnp.float32) if given is None else jnp.asarray(given)
+
+
+def _check(batch: Mapping[str, Any]) -> None:
+  if "tokens" not in batch and not {"inputs", "labels"} <= set(batch):
+    raise ValueError(
+      f"a batch holds {', '.join(map(str, batch)) or 'nothing'}; valid: an array of tokens, or a "
+      "mapping with 'tokens', or with 'inputs' and 'labels'"
+    )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -149,6 +150,27 @@ def has_head(spec: specs.Spec) -> bool:
   return spec.kind == "decoder" or spec.mlm_head
 
 
+def normal(
+  key: jax.Array, where: Sequence[str], shape: tuple[int, ...], *, std: float, dtype: Any
+) -> jax.Array:
+  """Draw normal leaves of one shape, each from the key folded with its address's CRC-32.
+
+  Args:
+    key: PRNG key.
+    where: the leaves' addresses.
+    shape: of one leaf.
+    std: standard deviation.
+    dtype: of the result.
+
+  Returns:
+    The leaves, stacked.
+  """
+  codes = jnp.asarray(np.array([zlib.crc32(a.encode()) for a in where], np.uint32))
+  keys = jax.vmap(lambda c: jax.random.fold_in(key, c))(codes)
+  draw = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))
+  return (std * draw(keys)).astype(dtype)
+
+
 def _linear(name: str, width: int, out: int, bias: bool) -> dict[str, tuple[int, ...]]:
   table: dict[str, tuple[int, ...]] = {f"{name}/kernel": (width, out)}
   return table | ({f"{name}/bias": (out,)} if bias else {})
@@ -171,10 +193,7 @@ def _draw(
     return jnp.full(shape_all, 0.0 if spec.norm_plus_one else 1.0, dtype)
   writes = where[0].endswith(("attn/o/kernel", "mlp/down/kernel"))
   std = STD / math.sqrt(2 * spec.num_layers) if writes else STD
-  codes = jnp.asarray(np.array([zlib.crc32(a.encode()) for a in where], np.uint32))
-  keys = jax.vmap(lambda c: jax.random.fold_in(key, c))(codes)
-  draw = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))
-  return (std * draw(keys)).astype(dtype)
+  return normal(key, where, shape, std=std, dtype=dtype)
 
 
 def _insert(tree: dict[str, Any], path: list[str], value: Any) -> None:

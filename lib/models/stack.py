@@ -96,7 +96,7 @@ def run(
     ValueError: if the segments are not exactly the layers of the spec.
   """
   segments = paths.segments(params)
-  _check_partition(spec, segments)
+  check_partition(spec.num_layers, segments)
   observed, caches = [], {}
   for first, stop, stacked in segments:
     index = jnp.arange(first, stop, dtype=jnp.int32)
@@ -114,7 +114,60 @@ def run(
     body = jax.checkpoint(body, prevent_cse=False) if remat else body
     h, (seen, caches[name]) = jax.lax.scan(body, h, (stacked, index, kept))
     observed.append(seen)
-  return h, _join(observed), None if cache is None else caches
+  return h, join(observed), None if cache is None else caches
+
+
+def join(segments: list[dict[str, Any]]) -> dict[str, Any]:
+  """Concatenate the observations of all segments; unequal ones become a tuple over layers.
+
+  Args:
+    segments: tap to observations stacked over a segment's layers, one mapping a segment.
+
+  Returns:
+    Tap to observations, stacked over all layers or a tuple over them.
+  """
+
+  def widths(seen: Any) -> Any:
+    return jax.tree.map(lambda x: x.shape[1:], seen)
+
+  out: dict[str, Any] = {}
+  for name in segments[0]:
+    parts = [seen[name] for seen in segments]
+    if all(widths(p) == widths(parts[0]) for p in parts):
+      out[name] = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+    else:
+      counts = [jax.tree.leaves(p)[0].shape[0] for p in parts]
+      out[name] = tuple(
+        jax.tree.map(lambda x, i=i: x[i], p)
+        for p, n in zip(parts, counts, strict=True)
+        for i in range(n)
+      )
+  return out
+
+
+def check_partition(num_layers: int, segments: list[tuple[int, int, Any]]) -> None:
+  """Refuse segments that are not exactly the layers of a network.
+
+  Args:
+    num_layers: how many layers there are.
+    segments: (start, stop, tree), from `paths.segments`.
+
+  Raises:
+    ValueError: naming the segments.
+  """
+  bounds = [(a, b) for a, b, _ in segments]
+  at = 0
+  for a, b in bounds:
+    if a != at or b <= a:
+      break
+    at = b
+  else:
+    if at == num_layers:
+      return
+  raise ValueError(
+    f"params['layers'] has segments {', '.join(f'{a}:{b}' for a, b in bounds) or 'none'}; "
+    f"they must cover 0:{num_layers} without gaps (spec.num_layers={num_layers})"
+  )
 
 
 def _step(
@@ -143,40 +196,3 @@ def _step(
     start=start,
   )
   return h, cache, tap.gathered
-
-
-def _join(segments: list[dict[str, Any]]) -> dict[str, Any]:
-  """Concatenate the observations of all segments; unequal ones become a tuple over layers."""
-
-  def widths(seen: Any) -> Any:
-    return jax.tree.map(lambda x: x.shape[1:], seen)
-
-  out: dict[str, Any] = {}
-  for name in segments[0]:
-    parts = [seen[name] for seen in segments]
-    if all(widths(p) == widths(parts[0]) for p in parts):
-      out[name] = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
-    else:
-      counts = [jax.tree.leaves(p)[0].shape[0] for p in parts]
-      out[name] = tuple(
-        jax.tree.map(lambda x, i=i: x[i], p)
-        for p, n in zip(parts, counts, strict=True)
-        for i in range(n)
-      )
-  return out
-
-
-def _check_partition(spec: specs.Spec, segments: list[tuple[int, int, Any]]) -> None:
-  bounds = [(a, b) for a, b, _ in segments]
-  at = 0
-  for a, b in bounds:
-    if a != at or b <= a:
-      break
-    at = b
-  else:
-    if at == spec.num_layers:
-      return
-  raise ValueError(
-    f"params['layers'] has segments {', '.join(f'{a}:{b}' for a, b in bounds) or 'none'}; "
-    f"they must cover 0:{spec.num_layers} without gaps (spec.num_layers={spec.num_layers})"
-  )

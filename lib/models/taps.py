@@ -37,8 +37,17 @@ _FEEDS = {
   "mlp/gate": "mlp/in",
   "mlp/up": "mlp/in",
   "mlp/down": "mlp/down/in",
+  "dense": "dense/in",
+  "conv": "conv/in",
 }
-_OUTER_FEEDS = {"lm_head": "lm_head/in", "mlm_head/dense": "mlm_head/in", "pooler": "pooler/in"}
+_OUTER_FEEDS = {
+  "lm_head": "lm_head/in",
+  "mlm_head/dense": "mlm_head/in",
+  "pooler": "pooler/in",
+  "embed/input": "embed/in",
+  "embed/patches": "embed/in",
+  "head": "head/in",
+}
 
 
 def tap_of(address: str) -> str:
@@ -61,8 +70,8 @@ def tap_of(address: str) -> str:
   parts = address.split("/")
   found = None
   if parts[-1] == "kernel":
-    if parts[0] == "layers" and len(parts) == 5:
-      found = _FEEDS.get("/".join(parts[2:4]))
+    if parts[0] == "layers":
+      found = _FEEDS.get("/".join(parts[2:-1]))
     else:
       found = _OUTER_FEEDS.get("/".join(parts[:-1]))
   if found is None:

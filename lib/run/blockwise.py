@@ -57,9 +57,8 @@ def walk(
     aux.update(merged(aux, new.aux))
     return changes(old, new)
 
-  nothing: list[Any] = [None] * len(passes)
   early = {a: model.leaf(a) for a in names if a in chosen and a.startswith("embed/")}
-  model = model.update(change(early, nothing, -2))
+  model = model.update(change(early, [p.at_embedding(model) for p in passes], -2))
   hidden = {i: [statistics.embed(model, b) for b in batches] for i, batches in feeds.items()}
   news: dict[str, Any] = {}
   for layer, place, tree in progress.track(_by_layer(model.params), "blocks"):
@@ -139,6 +138,13 @@ class _Pass:
       _, states = statistics.through_block(spec, tree, h, layer, pairs, states, index=where)
     return states
 
+  def at_embedding(self, model: model_lib.Model) -> Any:
+    pairs, states = self.per_layer.get(-2, ()), None
+    params = model.params if self.donor is None or not pairs else donors.outer(self.donor)
+    for batch in self.batches if pairs else ():
+      states = statistics.at_embedding(model.replace(params=params), batch, pairs, states)
+    return states
+
   def at_head(self, model: model_lib.Model, hidden: list[Any]) -> Any:
     pairs, states = self.per_layer.get(-1, ()), None
     if not pairs:
@@ -188,7 +194,7 @@ def _evidence(
 def _refuse_torn(one: step.Step, units: step.Units) -> None:
   """Refuse a unit that does not lie within one block, the embeddings, or what follows."""
   for unit in units:
-    places = {-2 if a.startswith("embed/") else statistics.layer_of(a) for a in unit}
+    places = {statistics.layer_of(a) for a in unit}
     if len(places) > 1:
       raise ValueError(
         f"{one!r} changes {unit[0]} together with {unit[-1]}, which lies in another block; use "

@@ -20,7 +20,8 @@ class Materials:
   """What the caller brings for the steps to use.
 
   Attributes:
-    batches: token batches (batch, length), iterated as often as needed.
+    batches: token batches (batch, length), or mappings of arrays such as {"inputs", "labels"}
+      (`models.losses`), iterated as often as needed.
     donors: other models, read leaf by leaf.
     donor_batches: each donor's own batches; empty gives every donor `batches`.
     requests: edit requests; None if there are none to hand over, which a step that needs some
@@ -31,7 +32,7 @@ class Materials:
     recipe: how batches and models were prepared, see `lineage.Record`.
   """
 
-  batches: Sequence[np.ndarray] | Iterable[np.ndarray] = ()
+  batches: Sequence[Any] | Iterable[Any] = ()
   donors: Sequence[needs.Source] = ()
   donor_batches: Sequence[Sequence[Any] | Iterable[Any]] = ()
   requests: Sequence[Any] | None = None
@@ -145,23 +146,26 @@ def require(one: step.Step, materials: Materials) -> None:
         raise ValueError(f"{one!r} needs edit requests and none were given")
 
 
-def digest(batches: Iterable[np.ndarray]) -> str:
-  """Hash token batches.
+def digest(batches: Iterable[Any]) -> str:
+  """Hash batches.
 
   Args:
-    batches: integer arrays.
+    batches: integer arrays, or mappings of arrays.
 
   Returns:
-    Hexadecimal sha256 of shapes and tokens, whatever the integer type.
+    Hexadecimal sha256 of names, shapes and values, whatever the integer type.
 
   Example:
     >>> digest([np.array([[1, 2]], np.int32)]) == digest([np.array([[1, 2]], np.int64)])
     True
   """
   found = hashlib.sha256()
-  for tokens in batches:
-    array = np.asarray(tokens, np.int64)
-    found.update(repr(array.shape).encode() + array.tobytes())
+  for batch in batches:
+    named = sorted(batch.items()) if isinstance(batch, Mapping) else [("", batch)]
+    for name, values in named:
+      array = np.asarray(values)
+      array = array.astype(np.float64 if np.issubdtype(array.dtype, np.floating) else np.int64)
+      found.update(name.encode() + repr(array.shape).encode() + array.tobytes())
   return found.hexdigest()
 
 

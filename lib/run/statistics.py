@@ -11,8 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
 from treesurgeon import models, stats
 from treesurgeon.core import leaves, meshes, needs, paths, step
@@ -60,14 +58,14 @@ def wanted(statistics: Mapping[str, needs.Statistic], names: Sequence[str]) -> W
 
 
 def tap_statistics(
-  model: model_lib.Model, want: Wanted, batches: Iterable[np.ndarray]
+  model: model_lib.Model, want: Wanted, batches: Iterable[Any]
 ) -> dict[tuple[str, str], Any]:
   """Collect statistics of kernels' inputs in one pass over the batches.
 
   Args:
     model: the model.
     want: from `wanted`.
-    batches: token batches.
+    batches: token batches, or mappings (`models.losses`).
 
   Returns:
     (fold, address) to its state.
@@ -80,8 +78,10 @@ def tap_statistics(
   if -1 in per_layer:
     last = paths.num_layers(model.params) - 1
   states: dict[int, Any] = {}
-  for tokens in batches:
-    h = embed(model, tokens)
+  for batch in batches:
+    if -2 in per_layer:
+      states[-2] = at_embedding(model, batch, per_layer[-2], states.get(-2))
+    h = embed(model, batch)
     for start, stop, tree in paths.segments(model.params):
       for i in range(start, min(stop, last + 1)):
         h, states[i] = through_block(
@@ -93,7 +93,7 @@ def tap_statistics(
 
 
 def by_layer(want: Wanted) -> dict[int, tuple[tuple[str, str], ...]]:
-  """Sort wanted statistics by layer, as (fold, tap) pairs; -1 is the head.
+  """Sort wanted statistics by layer, as (fold, tap) pairs; -1 is the head, -2 the embedding.
 
   Args:
     want: from `wanted`.
@@ -113,20 +113,20 @@ def by_layer(want: Wanted) -> dict[int, tuple[tuple[str, str], ...]]:
 
 
 def layer_of(address: str) -> int:
-  """Return the layer an address lies in, -1 outside the layers.
+  """Return the layer an address lies in, -2 for the embedding, -1 for what follows the layers.
 
   Args:
     address: a leaf's address.
 
   Returns:
-    The layer index or -1.
+    The layer index, -2 or -1.
 
   Example:
     >>> layer_of("layers/7/mlp/up/kernel"), layer_of("lm_head/kernel")
     (7, -1)
   """
   parts = address.split("/")
-  return int(parts[1]) if parts[0] == "layers" else -1
+  return int(parts[1]) if parts[0] == "layers" else -2 if parts[0] == "embed" else -1
 
 
 def covered(want: Wanted, states: Mapping[int, Any]) -> dict[tuple[str, str], Any]:
@@ -155,13 +155,13 @@ def covered(want: Wanted, states: Mapping[int, Any]) -> dict[tuple[str, str], An
 
 
 def fisher(
-  model: model_lib.Model, batches: Iterable[np.ndarray], *, select: str | None = None
+  model: model_lib.Model, batches: Iterable[Any], *, select: str | None = None
 ) -> Mapping[str, Any]:
   """Collect the diagonal empirical Fisher information of leaves.
 
   Args:
     model: the model; the leaves selected must not be compressed.
-    batches: token batches.
+    batches: token batches, or mappings (`models.losses`).
     select: regular expression over addresses; None means every leaf. Layers stacked with one that
       is selected come along.
 
@@ -188,26 +188,27 @@ def fisher(
   loss = _loss(model.spec)
   total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), flat)
   count = 0
-  for tokens in batches:
-    total = stats.add_squared_gradients(total, flat, jnp.asarray(tokens), rest, loss=loss)
-    count += len(tokens)
+  for batch in batches:
+    rows = jax.tree.map(jnp.asarray, batch)
+    total = stats.add_squared_gradients(total, flat, rows, rest, loss=loss)
+    count += len(models.inputs(rows))
   if not count:
     raise ValueError("Fisher information needs at least one example and there was none")
   return TreeView(paths.nest(total), lambda x: x / count)
 
 
-def embed(model: model_lib.Model, tokens: np.ndarray) -> jax.Array:
-  """Embed a batch of tokens.
+def embed(model: model_lib.Model, batch: Any) -> jax.Array:
+  """Embed a batch.
 
   Args:
     model: the model.
-    tokens: (batch, length).
+    batch: tokens (batch, length), or a mapping (`models.losses`).
 
   Returns:
     The input of the first block.
   """
   outer = {k: v for k, v in model.params.items() if k == "embed"}
-  return _embed(model.spec, meshes.to_auto(outer), jnp.asarray(tokens))
+  return _embed(model.spec, meshes.to_auto(outer), models.inputs(batch))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "pairs"))
@@ -251,6 +252,26 @@ def through_block(
   return h, dict(zip(pairs, flat, strict=True))
 
 
+def at_embedding(
+  model: model_lib.Model, batch: Any, pairs: Sequence[tuple[str, str]], states: Any
+) -> Any:
+  """Add what the embedding's taps see to the running statistics.
+
+  Args:
+    model: the model.
+    batch: a batch for a network that has such taps, an image classifier.
+    pairs: (fold, tap) to observe.
+    states: running statistics, or None.
+
+  Returns:
+    Statistics.
+  """
+  outer = meshes.to_auto({k: v for k, v in model.params.items() if k == "embed"})
+  flat = None if states is None else tuple(states[p] for p in pairs)
+  flat = _entrance(model.spec, outer, models.inputs(batch), tuple(pairs), flat)
+  return dict(zip(pairs, flat, strict=True))
+
+
 def at_head(
   spec: Any, params: Any, h: jax.Array, pairs: Sequence[tuple[str, str]], states: Any
 ) -> Any:
@@ -273,20 +294,33 @@ def at_head(
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _embed(spec: Any, params: Any, tokens: jax.Array) -> jax.Array:
-  return models.embed(spec, params, tokens)
+def _embed(spec: Any, params: Any, inputs: jax.Array) -> jax.Array:
+  return models.embed(spec, params, inputs)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "pairs"))
+def _entrance(spec: Any, params: Any, inputs: jax.Array, pairs: tuple, states: Any) -> Any:
+  seen: dict[str, Any] = {}
+  models.embed(spec, params, inputs, observe=_noting(pairs, seen))
+  return _merge(pairs, states, seen)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "pairs"))
 def _head(spec: Any, params: Any, h: jax.Array, pairs: tuple, states: Any) -> Any:
   seen: dict[str, Any] = {}
+  models.head(spec, params, h, observe=_noting(pairs, seen))
+  return _merge(pairs, states, seen)
+
+
+def _noting(
+  pairs: tuple[tuple[str, str], ...], seen: dict[str, Any]
+) -> Callable[[str, jax.Array], None]:
   observer = _observer(pairs)
 
   def observe(name: str, x: jax.Array) -> None:
     seen[name] = observer(name, x)
 
-  models.head(spec, params, h, observe=observe)
-  return _merge(pairs, states, seen)
+  return observe
 
 
 def _observer(pairs: tuple[tuple[str, str], ...]) -> Callable[[str, jax.Array], Any]:
@@ -314,9 +348,7 @@ def _merge(pairs: tuple[tuple[str, str], ...], states: Any, seen: Mapping[str, A
 
 @functools.lru_cache(maxsize=32)
 def _loss(spec: Any) -> Callable[..., jax.Array]:
-  def loss(flat: Any, tokens: jax.Array, rest: Any) -> jax.Array:
-    params = paths.nest({**rest, **flat})
-    logits = models.forward(spec, params, tokens[:, :-1]).logits
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+  def loss(flat: Any, batch: Any, rest: Any) -> jax.Array:
+    return models.nll(spec, paths.nest({**rest, **flat}), batch)
 
   return loss

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Diagonal empirical Fisher information: mean squared per-example gradients.
 
-The labels are the data's own (the empirical Fisher), the loss is each example's mean next-token
-loss. A fold like the others: a sum of squares and a count, which add.
+The labels are the data's own (the empirical Fisher); the loss is each example's mean next-token
+loss, or of an image classifier its loss. A fold like the others: sums of squares and counts add.
 """
 
 import functools
@@ -11,14 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
 
 @functools.partial(jax.jit, static_argnames="loss")
 def add_squared_gradients(
   total: Any,
   params: Any,
-  tokens: Int[Array, "batch length"],
+  batch: Any,
   *fixed: Any,
   loss: Callable[..., jax.Array],
 ) -> Any:
@@ -27,9 +26,9 @@ def add_squared_gradients(
   Args:
     total: tree like `params`, float32.
     params: tree of arrays.
-    tokens: examples.
+    batch: examples, an array or a tree of arrays with the examples along the first axis.
     *fixed: what else the loss takes.
-    loss: (params, tokens (1, length), *fixed) -> scalar.
+    loss: (params, batch of one example, *fixed) -> scalar.
 
   Returns:
     The new total.
@@ -41,8 +40,8 @@ def add_squared_gradients(
     5.0
   """
 
-  def one(carry: Any, row: jax.Array) -> tuple[Any, None]:
-    g = jax.grad(loss)(params, row[None, :], *fixed)
+  def one(carry: Any, row: Any) -> tuple[Any, None]:
+    g = jax.grad(loss)(params, jax.tree.map(lambda x: x[None], row), *fixed)
     return jax.tree.map(lambda t, x: t + jnp.square(x.astype(jnp.float32)), carry, g), None
 
-  return jax.lax.scan(one, total, tokens)[0]
+  return jax.lax.scan(one, total, batch)[0]

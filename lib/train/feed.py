@@ -15,11 +15,16 @@ class Feed:
   The first batch is drawn at once, for its shape.
 
   Args:
-    data: batches of tokens, or trees with "tokens".
-    vocab_size: ids must be below it.
+    data: batches of tokens, or trees with "tokens", or with "inputs" and "labels".
+    vocab_size: ids, or labels, must be below it.
+
+  Attributes:
+    length: tokens predicted in a row; 1 where an example has one label.
+    tokens: predictions a batch, over all processes.
 
   Raises:
-    ValueError: if there is no batch, or the first is not of integer tokens (batch, length).
+    ValueError: if there is no batch, or the first is neither of integer tokens (batch, length)
+      nor of inputs with integer labels (batch,).
   """
 
   def __init__(self, data: Iterable[Any], *, vocab_size: int):
@@ -31,14 +36,10 @@ class Feed:
       first = next(self._iterator)
     except StopIteration:
       raise ValueError("the data is empty: it holds no batch") from None
-    tokens = np.asarray(_tokens(first))
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or tokens.shape[1] < 2:
-      raise ValueError(
-        f"a batch must be integer tokens (batch, length + 1); got {tokens.dtype}{tokens.shape}"
-      )
+    ids = _ids(first)
     self._shapes = _shapes(first)
-    self.length = tokens.shape[1] - 1
-    self.tokens = tokens.shape[0] * self.length * jax.process_count()
+    self.length = ids.shape[1] - 1 if ids.ndim == 2 else 1
+    self.tokens = ids.shape[0] * self.length * jax.process_count()
     self._drawn = 0
     self._places: dict[int, Any] = {}
     if self._resumable:
@@ -65,8 +66,13 @@ class Feed:
         f"batch {self._drawn} is {shapes}; the first was {self._shapes}. Shapes must not change "
         "during a run: drop the remainder, or pad with weights of zero"
       )
-    tokens = np.asarray(_tokens(batch))
-    low, high = int(tokens.min()), int(tokens.max())
+    ids = _ids(batch)
+    low, high = int(ids.min()), int(ids.max())
+    if (low < 0 or high >= self._vocab) and ids.ndim == 1:
+      raise ValueError(
+        f"batch {self._drawn} holds the label {low if low < 0 else high}; the classes are 0 to "
+        f"{self._vocab - 1}"
+      )
     if low < 0 or high >= self._vocab:
       raise ValueError(
         f"batch {self._drawn} holds token id {low if low < 0 else high}; the vocabulary is "
@@ -88,8 +94,21 @@ class Feed:
     self._drawn = used
 
 
-def _tokens(batch: Any) -> Any:
-  return batch["tokens"] if isinstance(batch, dict) else batch
+def _ids(batch: Any) -> np.ndarray:
+  """Return tokens (batch, length + 1), or labels (batch,)."""
+  labels = isinstance(batch, dict) and "inputs" in batch
+  ids = np.asarray(batch["labels" if labels else "tokens"] if isinstance(batch, dict) else batch)
+  whole = np.issubdtype(ids.dtype, np.integer)
+  if labels and (ids.ndim != 1 or not whole or len(batch["inputs"]) != len(ids)):
+    raise ValueError(
+      f"a batch of {len(batch['inputs'])} inputs must have as many integer labels; got "
+      f"{ids.dtype}{ids.shape}"
+    )
+  if not labels and (ids.ndim != 2 or not whole or ids.shape[1] < 2):
+    raise ValueError(
+      f"a batch must be integer tokens (batch, length + 1); got {ids.dtype}{ids.shape}"
+    )
+  return ids
 
 
 def _shapes(batch: Any) -> Any:

@@ -19,8 +19,8 @@ def train_flops(spec: Any, tokens: int, seq: int) -> float:
 
   Args:
     spec: the architecture.
-    tokens: how many tokens.
-    seq: tokens in a sequence.
+    tokens: how many tokens, or images.
+    seq: tokens in a sequence; of no account for an image classifier.
 
   Returns:
     Operations, a multiplication and an addition being two.
@@ -30,6 +30,8 @@ def train_flops(spec: Any, tokens: int, seq: int) -> float:
     >>> train_flops(spec, 10, 5)
     25920.0
   """
+  if isinstance(spec, models.VisionSpec):
+    return float(tokens) * _image(spec)
   attention = 0
   for heads, window in zip(spec.per_layer("num_heads"), spec.per_layer("window"), strict=True):
     reach = min(seq, window) if window else seq
@@ -56,3 +58,14 @@ def weights(spec: Any) -> int:
       total += shape[0] * shape[1]
   tied_head = spec.tied and (spec.kind == "decoder" or spec.mlm_head)
   return total + (spec.vocab_size * spec.d_model if tied_head else 0)
+
+
+def _image(spec: models.VisionSpec) -> int:
+  """Count the operations of training on one image: kernels run at every place, the head once."""
+  places, total = spec.num_positions, 0
+  for address, shape in models.addresses(spec).items():
+    if address.endswith("/kernel"):
+      total += 6 * shape[0] * shape[1] * (1 if address == "head/kernel" else places)
+  if spec.kind == "vit":
+    total += sum(12 * h * spec.head_dim * places**2 for h in spec.per_layer("num_heads"))
+  return total

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from treesurgeon import models
 from treesurgeon.core import model as model_lib
 from treesurgeon.train import checkpoints, feed, flops, metrics, objectives, optimizers, partition
 from treesurgeon.train import progress as progress_lib
@@ -48,14 +49,15 @@ def fit(
 
   Args:
     model: where to start; its arrays are not modified.
-    data: batches, tokens (batch, length + 1) or a tree of arrays with "tokens" as the objective
-      wants it. `data.batches` resumes by state; of any other iterable a resumed run skips
-      what was used, so it must begin anew each time.
+    data: batches, tokens (batch, length + 1) or a tree of arrays with "tokens", or "inputs" and
+      "labels", as the objective wants it. `data.batches` resumes by state; of any other iterable
+      a resumed run skips what was used, so it must begin anew each time.
     steps: optimizer steps, also the length of the schedule; None takes what `max_flops` allows.
     max_flops: stop before these operations are exceeded (`flops.train_flops`), `flops_before`
       included. The schedule's clock is steps, whichever limit ends the run.
     optimizer: settings of `optimizers.build`, or its result.
-    objective: what to minimise, `objectives.next_token()` by default; it holds the compute
+    objective: what to minimise, by default `objectives.next_token()`, of an image classifier
+      `objectives.classification()`; it holds the compute
       dtype, while master weights are float32 and return in the storage dtype.
     select: addresses that train, a regular expression; the rest stays bit-identical.
     types: kinds of leaf that train, see `partition.trainable`; ("LowRank",) trains adapters.
@@ -93,7 +95,7 @@ def fit(
   for name, value in (("steps", steps), ("log_every", log_every)):
     if value is not None and value < 1:
       raise ValueError(f"{name}={value} must be at least 1")
-  source = feed.Feed(data, vocab_size=model.spec.vocab_size)
+  source = feed.Feed(data, vocab_size=_classes(model.spec))
   per_step = flops.train_flops(model.spec, source.tokens, source.length)
   last = _last_step(steps, max_flops, flops_before, per_step)
   given = None if isinstance(optimizer, optimizers.Optimizer) else dict(optimizer or {})
@@ -114,7 +116,7 @@ def fit(
   first = found or 0
   run = step_lib.build(
     model.spec,
-    objective=objective or objectives.next_token(),
+    objective=objective or objectives.default(model.spec),
     optimizer=optimizer,
     mask=mask,
     accumulate=accumulate,
@@ -169,6 +171,10 @@ def _compile(run: Callable, state: Any, frozen: Any, batch: Any) -> tuple[Callab
   placed = jax.tree.map(lambda x: x.sharding, state)
   jitted = jax.jit(run, donate_argnums=0, out_shardings=(placed, None))
   return jitted.lower(state, frozen, batch).compile(), time.perf_counter() - began
+
+
+def _classes(spec: Any) -> int:
+  return spec.num_classes if isinstance(spec, models.VisionSpec) else spec.vocab_size
 
 
 def _last_step(
