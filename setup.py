@@ -49,6 +49,7 @@ TEST = [
   "hypothesis>=6.100",
   "pytest>=8.3",
   "pytest-xdist>=3.6",
+  "scikit-learn>=1.5",
   "setuptools>=77",
 ]
 
