@@ -11,14 +11,16 @@ factor in common of a task's scores drops out, so exp(T (β² - 1)) is used, whi
 Their evolutionary search of one λ a task is `weights` here, times lam.
 
 `granularity="global"` is theirs: the model as one vector. `"tensor"`, which streams, takes every
-tensor by itself, `"row"` every row (the weights of one output neuron). Order statistics come from
-counting (`trim`), not sorting. Where all scores of a task are equal it has no winners. Computed in
-float32, returned in the storage dtype; compressed leaves come back dense. Neutral at lam=0; with
-one donor and lam=1 entries that win become its (clipped) own, the others stay the base's.
+tensor by itself, `"row"` every row (the weights of one output neuron). Order statistics of all but
+small arrays come from counting (`trim`), not sorting. Where all scores of a task are equal it has
+no winners. Computed in float32, returned in the storage dtype; compressed leaves come back dense.
+Neutral at lam=0; with one donor and lam=1 entries that win become its (clipped) own, the others
+stay the base's.
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ from treesurgeon.merge import weights as weights_lib
 
 GRANULARITIES = ("tensor", "row", "global")
 CLIP = 1e-4
+_FEW = 1 << 12  # entries that are sorted, which compiles sooner than counting
 Parts = Sequence[Float[Array, "..."]]
 
 
@@ -212,7 +215,7 @@ def pcb(
 
 
 def _over_model(
-  density: float, knobs: Mapping, pattern: str, wants: Mapping[str, needs.Need]
+  density: Any, knobs: Mapping, pattern: str, wants: Mapping[str, needs.Need]
 ) -> step.Step:
   def apply(m: model.Model, evidence: needs.Evidence, key: jax.Array) -> model.Model:
     del key
@@ -237,6 +240,8 @@ def _over_model(
 def _at(parts: Parts, place: int) -> jax.Array:
   """Return the entry of arrays, taken as one vector, that ascending order puts at a place."""
   size = sum(x.size for x in parts)
+  if size <= _FEW:
+    return jnp.sort(jnp.concatenate([x.ravel() for x in parts]))[place]
   # Counting orders magnitudes, so what is negative is looked up from the other side.
   plus = _kth([jnp.maximum(x, 0.0) for x in parts], size - place)
   minus = _kth([jnp.maximum(-x, 0.0) for x in parts], place + 1)
@@ -245,6 +250,9 @@ def _at(parts: Parts, place: int) -> jax.Array:
 
 def _kth(parts: Parts, k: int) -> jax.Array:
   """Return the k-th largest of arrays of no negative entry."""
+  size = sum(x.size for x in parts)
+  if size <= _FEW:
+    return _at(parts, size - k)
   threshold, _ = trim.cut(parts, k)
   floor = jax.lax.bitcast_convert_type(threshold, jnp.float32)
   return jnp.min(jnp.stack([jnp.min(jnp.where(x >= floor, x, jnp.inf)) for x in parts]))

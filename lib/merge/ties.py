@@ -171,7 +171,7 @@ def ties(
 def _over_model(
   normalize: bool,
   knobs: Mapping[str, Any],
-  density: float | tuple[float, ...],
+  density: Any,
   pattern: str,
   wants: Mapping[str, needs.Need],
 ) -> step.Step:
