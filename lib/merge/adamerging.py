@@ -10,7 +10,9 @@ parameter tensor and task, here "tensor", the default; "layer" shares it within 
 and among all that lies outside the blocks. `density` makes it AdaMerging++: task vectors are first
 trimmed over the whole model and freed of entries against the elected sign, as TIES does (where the
 sum is zero the sign is plus, as in `merge.ties`). Entropies are averaged over the tasks, where the
-official code adds them, which Adam does not notice. The merge is formed in float32 from arrays as
+official code adds them, which Adam does not notice. Low entropy is not low loss: on small language
+models, whose base is certain of another text, it went far past the best coefficients, so keep an
+eye on a loss and stop early (`steps`). The merge is formed in float32 from arrays as
 stored and returned in the base's storage dtype. Neutral at init=0, steps=0.
 """
 
