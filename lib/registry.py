@@ -141,6 +141,13 @@ TABLE: dict[str, Entry] = {
     note="recovers planted coefficients; the coefficients alone are a file, so it is a "
     "parameter-efficient fine-tuning method too; pseudo-labels by augmentation are left out",
   ),
+  "merge.bang": Entry(
+    factory="treesurgeon.merge.bang:bang",
+    paper="Lin et al., Spurious feature diversification improves out-of-distribution "
+    "generalization, 2023, arXiv 2309.17230",
+    oracle="tests/merge/bang_test.py",
+    note="fine-tunes with smoothed labels, mixup or both, then averages as merge.wise_ft",
+  ),
   "merge.breadcrumbs": Entry(
     factory="treesurgeon.merge.breadcrumbs:breadcrumbs",
     paper="Davari and Belilovsky, Model Breadcrumbs, 2023, arXiv 2312.06795",
@@ -335,6 +342,13 @@ TABLE: dict[str, Entry] = {
     oracle="tests/merge/robust_weight_signatures_test.py",
     note="stored, put on and taken off to the bit by merge.weight_patch and merge.patching",
   ),
+  "merge.salsa": Entry(
+    factory="treesurgeon.merge.salsa:salsa",
+    paper="Chegini et al., SALSA: Soup-based alignment learning for stronger adaptation in RLHF, "
+    "2024, arXiv 2411.01798",
+    oracle="tests/merge/salsa_test.py",
+    note="by DPO on given pairs; treesurgeon.train.preferences.ppo takes the same reference",
+  ),
   "merge.sce": Entry(
     factory="treesurgeon.merge.sce:sce",
     paper="Wan et al., FuseChat, 2024, arXiv 2408.07990",
@@ -364,6 +378,12 @@ TABLE: dict[str, Entry] = {
     paper="Wang et al., Localizing task information, 2024, arXiv 2405.07813",
     oracle="tests/merge/tall_masks_test.py",
     note="serves one donor; merge.task_store keeps all in two models and a bit an entry",
+  ),
+  "merge.sparse_model_soups": Entry(
+    factory="treesurgeon.merge.sparse_model_soups:sparse_model_soups",
+    paper="Zimmer et al., Sparse model soups, 2023, arXiv 2306.16788",
+    oracle="tests/merge/sparse_model_soups_test.py",
+    note="the soup's zeros are exactly those of the pruned model",
   ),
   "merge.task_arithmetic": Entry(
     factory="treesurgeon.merge.task_arithmetic:task_arithmetic",

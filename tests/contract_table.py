@@ -35,6 +35,7 @@ class Row:
     requests: makes what needs edit requests.
     still: the transform's evidence at rest, in place of `neutral` (no requests).
     count: how many donors it is given.
+    batches: makes its calibration data.
   """
 
   name: str
@@ -46,6 +47,7 @@ class Row:
   requests: Callable[[], tuple] = tuple
   still: bool = False
   count: int = 2
+  batches: Callable[[], list] = lambda: TEXT
 
   def build(self, **more: Any) -> step.Transform:
     """Return the transform."""
@@ -54,13 +56,19 @@ class Row:
   def materials(self, m: model.Model) -> collect.Materials:
     """Return everything a transform may ask for."""
     return collect.Materials(
-      batches=TEXT,
+      batches=self.batches(),
       donors=donors(m, self.count),
       donor_batches=[
         [np.random.default_rng(200 + i).integers(0, 32, (4, 16))] for i in range(self.count)
       ],
       requests=self.requests(),
     )
+
+
+def pairs() -> list[dict[str, np.ndarray]]:
+  """Return texts, of each of which one version is preferred."""
+  rng = np.random.default_rng(7)
+  return [{side: rng.integers(0, 32, (4, 16)) for side in ("chosen", "rejected")}]
 
 
 WISH = tokens.Tokenized(
@@ -121,6 +129,8 @@ ROWS = (
     commutes=True,
     reduces=True,
   ),
+  # A step so small that rounding, which Adam turns into whole steps, stays within the tolerance.
+  Row("merge.bang", {"steps": 2, "rate": 1e-5}, {"alpha": 0.0}, reduces=True),
   Row("merge.breadcrumbs", {"density": 0.3}, {"lam": 0.0}, commutes=True),
   Row("merge.breadcrumbs_ties", {"density": 0.3}, {"lam": 0.0}, commutes=True),
   Row("merge.consensus", {"lam": 0.3}, {"alpha": 0.0}, commutes=True),
@@ -147,7 +157,7 @@ ROWS = (
   Row("merge.pcb", {"density": 0.3}, {"lam": 0.0}, commutes=True, reduces=True),
   Row(
     "merge.pleas",
-    {"ratio": ((".*/mlp", 0.4), (".*", 0.0))},
+    {"ratio": ((".*/mlp", 0.5), (".*", 0.0)), "ridge": 0.05},
     {"ratio": 0.0, "weights": (1.0, 0.0)},
     reduces=True,
     count=1,
@@ -158,11 +168,25 @@ ROWS = (
   Row("merge.regmean", neutral={"lam": 0.0}, commutes=True, reduces=True),
   Row("merge.regmean_pp", neutral={"lam": 0.0}, commutes=True, reduces=True),
   Row("merge.robust_weight_signatures", {"layers": 1}, {"alpha": 0.0}, reduces=True),
+  Row(
+    "merge.salsa",
+    {"steps": 2, "optimizer": "sgd", "rate": 0.01},
+    {"steps": 0},
+    commutes=True,
+    reduces=True,
+    batches=pairs,
+  ),
   Row("merge.sce", {"select_topk": 0.3}, {"select_topk": 0.0}, commutes=True, reduces=True),
   Row("merge.slerp", {"t": 0.3}, {"t": 0.0}, count=1, reduces=True),
   Row("merge.soup_greedy", neutral={"lam": 0.0}, commutes=True, reduces=True),
   Row("merge.soup_learned", {"steps": 2}, {"lam": 0.0}, commutes=True, reduces=True),
   Row("merge.tall_masks", {"task": 1}, {"alpha": 0.0}),
+  Row(
+    "merge.sparse_model_soups",
+    {"sparsity": 0.5, "copies": 2, "steps": 2, "rate": 1e-5},
+    {"sparsity": 0.0, "steps": 0},
+    reduces=True,
+  ),
   Row("merge.task_arithmetic", {"lam": 0.3}, {"lam": 0.0}, commutes=True),
   Row("merge.ties", {"density": 0.3}, {"lam": 0.0}, commutes=True),
   Row("merge.tsv_merge", {"lam": 0.5}, {"lam": 0.0}, commutes=True, reduces=True),
