@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
   config, workdir = flags.FLAGS.config.to_dict(), pathlib.Path(flags.FLAGS.workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   results = []
-  for cell in config["cells"]:
+  for cell in config["order"]:
     for seed in config["seeds"]:
       settings = {**config["default"], **config["cells"][cell]}
       path = workdir / "cells" / f"{cell}-{seed}.json"

@@ -27,8 +27,8 @@ def write(
   Returns:
     The page.
   """
-  first = next(iter(config["cells"]))
-  cells = {c: [r for r in results if r["cell"] == c] for c in config["cells"]}
+  first = config["order"][0]
+  cells = {c: [r for r in results if r["cell"] == c] for c in config["order"]}
   figures = {
     "lambda": _lambdas(cells),
     "factors": _factors(cells),
@@ -69,7 +69,7 @@ def summary(results: Sequence[Result], config: Mapping[str, Any]) -> str:
   Returns:
     Markdown.
   """
-  first = next(iter(config["cells"]))
+  first = config["order"][0]
   return _markdown(*_rows([r for r in results if r["cell"] == first]))
 
 
@@ -137,7 +137,7 @@ def claims(cells: Mapping[str, Sequence[Result]]) -> dict[str, list[float]]:
     "DARE at keep rate 0.1 needs its rescaling": gap("DARE", "DARE, not rescaled"),
     "RegMean over an average": gap("RegMean", "average"),
     "RegMean++ over RegMean": gap("RegMean++", "RegMean"),
-    "AdaMerging by layer over by task": gap("AdaMerging, by layer", "AdaMerging, by task"),
+    "AdaMerging by tensor over by task": gap("AdaMerging, by tensor", "AdaMerging, by task"),
     "a task's TALL mask over task arithmetic": gap("TALL masks", "task arithmetic"),
     "EMR over task arithmetic": gap("EMR", "task arithmetic"),
     "TSV over task arithmetic": gap("TSV", "task arithmetic"),
