@@ -78,7 +78,8 @@ def pleas(
 
   def apply(m: model_lib.Model, evidence: needs.Evidence, key: jax.Array) -> model_lib.Model:
     base = {a: leaves.dense(m.leaf(a)) for a in m.addresses()}
-    given = {a: tuple(leaves.dense(d) for d in evidence["donors"][a]) for a in base}
+    brought = {a: meshes.to_auto(evidence["donors"][a]) for a in base}
+    given = {a: tuple(leaves.dense(d) for d in ds) for a, ds in brought.items()}
     for a, w in base.items():
       step.check_donors(a, w, given[a])
     count = len(next(iter(given.values())))

@@ -21,7 +21,13 @@ LLAMA = models.Spec(
   vocab_size=13, d_model=8, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=6
 )
 RNG = np.random.default_rng(3)
-PIXELS = [{"inputs": RNG.standard_normal((40, 4, 4, 1)).astype(np.float32)} for _ in range(2)]
+PIXELS = [
+  {
+    "inputs": RNG.standard_normal((40, 4, 4, 1)).astype(np.float32),
+    "labels": np.zeros(40, np.int32),
+  }
+  for _ in range(2)
+]
 NEW = RNG.standard_normal((7, 4, 4, 1)).astype(np.float32)
 TEXT = [RNG.integers(0, 13, (6, 12)) for _ in range(2)]
 

@@ -194,7 +194,8 @@ def test_activations_of_images_recover_a_permutation():
   spec = SPECS["mlp"]
   a = draw(spec)
   x = np.random.default_rng(0).standard_normal((64, 4, 4, 1)).astype(np.float32)
-  batches = [{"inputs": x[:32]}, {"inputs": x[32:]}]
+  labels = np.zeros(32, np.int32)
+  batches = [{"inputs": part, "labels": labels} for part in (x[:32], x[32:])]
   b = units.apply(a, scramble(spec))
   (found,) = alignment.align(
     spec, a, [b], batches, rng=np.random.default_rng(0), method="activation"
