@@ -17,9 +17,7 @@ SPEC = models.Spec(vocab_size=11, d_model=8, num_layers=2, num_heads=2, d_ff=12,
 RNG = np.random.default_rng(5)
 PAIRS = {side: RNG.integers(0, 11, (4, 8)).astype(np.int32) for side in ("chosen", "rejected")}
 PAIRS |= {f"{s}_weights": (RNG.random((4, 7)) < 0.7).astype(np.float32) for s in list(PAIRS)}
-LOGP = jax.jit(
-  lambda p, x: jax.nn.log_softmax(models.forward(SPEC, p, x[:, :-1]).logits), static_argnums=()
-)
+LOGP = jax.jit(lambda p, x: jax.nn.log_softmax(models.forward(SPEC, p, x[:, :-1]).logits))
 
 
 def near(seed, base=None):
@@ -58,7 +56,7 @@ def dpo(policy, reference, beta):
   return np.log1p(np.exp(-beta * (ratio[0] - ratio[1]))).mean()
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_the_first_loss_is_dpos_with_the_soup_as_reference(alpha):
   note = run(alpha=alpha, beta=0.7).lineage[0].notes
   want = dpo(BASE.params, soup(alpha), 0.7)
