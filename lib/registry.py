@@ -373,17 +373,17 @@ TABLE: dict[str, Entry] = {
     oracle="tests/merge/soups_test.py",
     note="without the paper's temperature",
   ),
-  "merge.tall_masks": Entry(
-    factory="treesurgeon.merge.tall_masks:tall_masks",
-    paper="Wang et al., Localizing task information, 2024, arXiv 2405.07813",
-    oracle="tests/merge/tall_masks_test.py",
-    note="serves one donor; merge.task_store keeps all in two models and a bit an entry",
-  ),
   "merge.sparse_model_soups": Entry(
     factory="treesurgeon.merge.sparse_model_soups:sparse_model_soups",
     paper="Zimmer et al., Sparse model soups, 2023, arXiv 2306.16788",
     oracle="tests/merge/sparse_model_soups_test.py",
     note="the soup's zeros are exactly those of the pruned model",
+  ),
+  "merge.tall_masks": Entry(
+    factory="treesurgeon.merge.tall_masks:tall_masks",
+    paper="Wang et al., Localizing task information, 2024, arXiv 2405.07813",
+    oracle="tests/merge/tall_masks_test.py",
+    note="serves one donor; merge.task_store keeps all in two models and a bit an entry",
   ),
   "merge.task_arithmetic": Entry(
     factory="treesurgeon.merge.task_arithmetic:task_arithmetic",

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from treesurgeon.models import network
+from treesurgeon.models import network, taps
 
 Batch = Any
 
 
 def predictions(
-  spec: Any, params: Any, batch: Batch
+  spec: Any, params: Any, batch: Batch, *, patch: taps.Patch | None = None
 ) -> tuple[Float[Array, "n classes"], Int[Array, " n"], Float[Array, " n"]]:
   """Run the network on a batch and line its logits up with their labels.
 
@@ -28,6 +28,7 @@ def predictions(
     spec: architecture.
     params: parameters.
     batch: see the module.
+    patch: as `forward` takes it.
 
   Returns:
     (logits, labels, weights), one row a prediction.
@@ -40,7 +41,7 @@ def predictions(
     [(4, 5), (4,), (4,)]
   """
   x, labels, weights = _parts(batch)
-  logits = network.forward(spec, params, x).logits
+  logits = network.forward(spec, params, x, patch=patch).logits
   return logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), weights.reshape(-1)
 
 
@@ -86,13 +87,16 @@ def nll(spec: Any, params: Any, batch: Batch) -> Float[Array, ""]:
   return jnp.sum(each * weights) / jnp.maximum(jnp.sum(weights), 1.0)
 
 
-def entropy(spec: Any, params: Any, batch: Batch) -> Float[Array, ""]:
+def entropy(
+  spec: Any, params: Any, batch: Batch, *, patch: taps.Patch | None = None
+) -> Float[Array, ""]:
   """Compute the mean Shannon entropy of a batch's predictions; labels are not used.
 
   Args:
     spec: architecture.
     params: parameters.
     batch: see the module.
+    patch: as `forward` takes it.
 
   Returns:
     Nats a prediction, float32.
@@ -104,7 +108,7 @@ def entropy(spec: Any, params: Any, batch: Batch) -> Float[Array, ""]:
     >>> bool(entropy(spec, params, jnp.zeros((1, 3), jnp.int32)) <= jnp.log(5.0) + 1e-5)
     True
   """
-  logits, _, weights = predictions(spec, params, batch)
+  logits, _, weights = predictions(spec, params, batch, patch=patch)
   logp = jax.nn.log_softmax(logits.astype(jnp.float32))
   each = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
   return jnp.sum(each * weights) / jnp.maximum(jnp.sum(weights), 1.0)
