@@ -105,7 +105,7 @@ def dpo(
     >>> round(float(dpo(zero, zero, zero, zero)[0][0]), 4)
     0.6931
   """
-  margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
+  margin = jnp.asarray(beta * ((chosen - reference_chosen) - (rejected - reference_rejected)))
   return jax.nn.softplus(-margin), margin
 
 
