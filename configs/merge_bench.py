@@ -12,6 +12,8 @@ python -P -m treesurgeon.experiments.merge_bench --config=configs/merge_bench.py
 Variants: `:smoke` runs everything at toy size; `:digits` is the same on handwritten digits.
 """
 
+import re
+
 import ml_collections
 
 TASKS = ("counting", "sorting", "telegram", "facts", "capitals", "weather", "code", "prose")
@@ -26,6 +28,8 @@ LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 SCALES = (0.3, 0.5, 0.7, 1.0, 1.5)
 ADA = "steps=200, rate=0.005"  # fewer and larger steps than the published 1000 of 0.001
 # What every cell runs; the rest is compared in the first cell.
+LEARNED = ("WUDI", "OptMerge", "AdaMerging, by task", "AdaMerging, by tensor", "aTLAS",
+           "learned soup")  # fmt: skip
 CORE = ("average", "task arithmetic", "TIES", "DARE", "TSV", "ISO-C", "RegMean")
 
 
@@ -107,6 +111,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     "LoRA": {"tuning": "lora"},
   }
   seeds = (0, 1, 2)
+  named = methods()
   if arg == "digits":
     default |= {
       "suite": "digits",
@@ -134,8 +139,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     }  # fmt: skip
     cells = {"default": {}, "LoRA": {"tuning": "lora"}}
     seeds = (0,)
+    # One value of each grid, and few steps of what learns.
+    named = {n: {**m, "grid": m["grid"][:1]} if "grid" in m else m for n, m in named.items()}
+    for n in LEARNED:
+      head, _, rest = named[n]["transform"].partition("(")
+      rest = re.sub(r"steps=\d+, |, steps=\d+|steps=\d+", "", rest)
+      named[n] = {**named[n], "transform": f"{head}(steps=2{', ' if rest != ')' else ''}{rest}"}
   return ml_collections.ConfigDict(
-    {"default": default, "cells": cells, "order": tuple(cells), "methods": methods(),
+    {"default": default, "cells": cells, "order": tuple(cells), "methods": named,
      "seeds": seeds},
     convert_dict=True,
   )  # fmt: skip
