@@ -40,6 +40,10 @@ _DIRECTIONS = (
   "python -P -m treesurgeon.experiments.directions --config=configs/directions.py --workdir=DIR"
 )
 
+_CONNECTIVITY = (
+  "python -P -m treesurgeon.experiments.connectivity --config=configs/connectivity.py --workdir=DIR"
+)
+
 TABLE: dict[str, Entry] = {
   "adapt.lora": Entry(
     factory="treesurgeon.adapt.lora:lora",
@@ -166,6 +170,13 @@ TABLE: dict[str, Entry] = {
     paper="Wang et al., Localizing task information, 2024, arXiv 2405.07813",
     oracle="tests/merge/tall_masks_test.py",
     note="keeps what at least k TALL masks keep; k=0 is task arithmetic",
+  ),
+  "merge.dam": Entry(
+    factory="treesurgeon.merge.dam:dam",
+    paper="Yang et al., Mitigating the backdoor effect for multi-task model merging via "
+    "safety-aware subspace, 2024, arXiv 2410.13910",
+    oracle="tests/merge/dam_test.py",
+    note="two masks in turn; masks=1 is the authors' code",
   ),
   "merge.dare_linear": Entry(
     factory="treesurgeon.merge.dare:dare_linear",
@@ -301,8 +312,11 @@ TABLE: dict[str, Entry] = {
     factory="treesurgeon.merge.pleas:pleas",
     paper="Nasery et al., PLeaS, 2024, arXiv 2407.02447",
     oracle="tests/merge/pleas_test.py",
-    note="least squares in closed form, no worse than descent's; ratio 1 gives the ensemble of "
-    "networks without norms exactly; hidden units and heads widen, a residual stream does not",
+    verdict="reproduced",
+    command=_CONNECTIVITY,
+    note="at equal width .978 right on split digits against .946 by matching alone and .571 by "
+    "averaging, three seeds; what more width adds is within noise there; closed form, no worse than "
+    "descent's; ratio 1 is the ensemble of networks without norms exactly",
   ),
   "merge.ram": Entry(
     factory="treesurgeon.merge.ram:ram",
@@ -320,8 +334,11 @@ TABLE: dict[str, Entry] = {
     factory="treesurgeon.merge.rebasin:rebasin",
     paper="Ainsworth et al., Git Re-Basin, 2022, arXiv 2209.04836",
     oracle="tests/merge/rebasin_test.py",
-    note="weight and activation matching, straight-through; heads, grouped queries and tied "
-    "embeddings included; recovers a random permutation exactly",
+    verdict="reproduced",
+    command=_CONNECTIVITY,
+    note="barriers fall in three seeds (digits, width 512: 1.0 nats to .3 by weights, .03 by "
+    "activations; language models of width 64 from two seeds: 1.8 to 1.6 only); recovers a random "
+    "permutation exactly, heads, grouped queries and tied embeddings included",
   ),
   "merge.regmean": Entry(
     factory="treesurgeon.merge.regmean:regmean",
