@@ -315,8 +315,8 @@ TABLE: dict[str, Entry] = {
     verdict="reproduced",
     command=_CONNECTIVITY,
     note="at equal width .978 right on split digits against .946 by matching alone and .571 by "
-    "averaging, three seeds; what more width adds is within noise there; closed form, no worse than "
-    "descent's; ratio 1 is the ensemble of networks without norms exactly",
+    "averaging, three seeds; what more width adds is within noise there; closed form, no worse "
+    "than descent; ratio 1 is the ensemble of networks without norms exactly",
   ),
   "merge.ram": Entry(
     factory="treesurgeon.merge.ram:ram",
@@ -494,6 +494,80 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen team, Qwen2.5 technical report, 2024, arXiv 2412.15115", ("qwen2",)
   ),
   "Qwen3": Architecture("Qwen team, Qwen3 technical report, 2025, arXiv 2505.09388", ("qwen3",)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Procedure:
+  """What works on models but is no transform: a study, a measure, a converter.
+
+  Attributes:
+    file: where it is, from the root of the repository.
+    paper: authors, title, year, identifier.
+    oracle: the test file that checks it.
+    verdict: as of an `Entry`.
+    command: what runs it, or shows the verdict.
+    note: what a reader of the ledger should know.
+  """
+
+  file: str
+  paper: str
+  oracle: str
+  verdict: Literal["reproduced", "not reproduced", "exact only"] = "exact only"
+  command: str = ""
+  note: str = ""
+
+
+_MERGE_BENCH = (
+  "python -P -m treesurgeon.experiments.merge_bench --config=configs/merge_bench.py:digits "
+  "--workdir=DIR"
+)
+
+PROCEDURES: dict[str, Procedure] = {
+  "evolutionary search of a merge": Procedure(
+    "lib/run/evolve.py",
+    "Akiba et al., Evolutionary optimization of model merging recipes, 2024, arXiv 2403.13187",
+    "tests/run/evolve_test.py",
+    command="treesurgeon evolve --help",
+    note="CMA-ES over the numbers of any merge, by the package cmaes",
+  ),
+  "extraction of a LoRA": Procedure(
+    "lib/adapt/extract.py",
+    "Goddard et al., Arcee's MergeKit, 2024, arXiv 2403.13257",
+    "tests/adapt/extract_test.py",
+    command="treesurgeon extract-lora --help",
+    note="equals mergekit 0.1.5's factors up to sign; tests/peers/mergekit_extras_test.py",
+  ),
+  "fusion of models with other vocabularies": Procedure(
+    "lib/merge/fuse.py",
+    "Zhang et al., Unconstrained model merging, 2024, arXiv 2410.13699",
+    "tests/merge/fuse_test.py",
+    note="the heterogeneous half; the homogeneous one is merge.unconstrained",
+  ),
+  "linear mode connectivity": Procedure(
+    "lib/evaluate/connectivity.py",
+    "Ito et al., Analysis of linear mode connectivity via permutation-based weight matching, "
+    "2024, arXiv 2402.04051",
+    "tests/evaluate/connectivity_test.py",
+    command="python -P -m treesurgeon.experiments.connectivity --config=configs/connectivity.py "
+    "--workdir=DIR",
+    note="barrier, distance and alignment of singular vectors before and after matching",
+  ),
+  "merge benchmark": Procedure(
+    "lib/evaluate/merge_bench.py",
+    "He et al., MergeBench, 2025, arXiv 2505.10833; Yadav et al., What matters for model merging "
+    "at scale?, 2024, arXiv 2410.03617",
+    "tests/evaluate/merge_bench_test.py",
+    command=_MERGE_BENCH,
+    note="results and what held of the expected orders: docs/merge_bench.md",
+  ),
+  "mixture of experts from dense models": Procedure(
+    "lib/merge/moe.py",
+    "Goddard et al., Arcee's MergeKit, 2024, arXiv 2403.13257",
+    "tests/merge/moe_test.py",
+    command="treesurgeon moe --help",
+    note="Mixtral, Qwen2-MoE and Qwen3-MoE; tensors equal mergekit-moe's",
+  ),
 }
 
 
