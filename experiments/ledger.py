@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write docs/methods.md, the ledger of methods, from the registry.
+"""Write docs/methods.md, the ledger of methods, and the README's table from the registry.
 
-python -P -m treesurgeon.experiments.ledger            writes docs/methods.md
+python -P -m treesurgeon.experiments.ledger            writes both
 python -P -m treesurgeon.experiments.ledger --check    fails if it is out of date
 """
 
@@ -12,6 +12,8 @@ import sys
 from absl import app, flags
 
 from treesurgeon import registry
+
+MARKS = ("<!-- methods, written by make docs -->", "<!-- end of methods -->")
 
 HEAD = """# Methods
 
@@ -24,6 +26,15 @@ result too.
 
 | method | what it does | paper | file | oracle | verdict | shown by |
 |---|---|---|---|---|---|---|
+"""
+
+PROCEDURES = """
+# Studies, measures and converters
+
+These are no transforms, so `--transform` does not take them.
+
+| what | paper | file | oracle | verdict | shown by |
+|---|---|---|---|---|---|
 """
 
 MODELS = """
@@ -60,7 +71,57 @@ def render() -> str:
       f"[{entry.oracle}](../{entry.oracle})", verdict, shown,
     )  # fmt: skip
     rows.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
-  return HEAD + "\n".join(rows) + "\n" + MODELS + "\n".join(_models()) + "\n"
+  tables = (HEAD, rows), (PROCEDURES, _procedures()), (MODELS, _models())
+  return "".join(head + "\n".join(lines) + "\n" for head, lines in tables)
+
+
+def families() -> str:
+  """Render the README's table: the methods of every family.
+
+  Returns:
+    Markdown, between the marks that the README holds.
+
+  Example:
+    >>> "`g_stack`" in families()
+    True
+  """
+  found: dict[str, list[str]] = {}
+  for name in sorted(registry.TABLE):
+    family, _, method = name.partition(".")
+    found.setdefault(family, []).append(f"`{method}`")
+  rows = [f"| {family} | {', '.join(names)} |" for family, names in found.items()]
+  models = ", ".join(registry.ARCHITECTURES)
+  head = ["| family | methods |", "|---|---|"]
+  return "\n".join([MARKS[0], *head, *rows, f"| models | {models} |", MARKS[1]])
+
+
+def with_families(readme: str) -> str:
+  """Put the current table between the README's marks.
+
+  Args:
+    readme: its text.
+
+  Returns:
+    The text with the table.
+
+  Raises:
+    ValueError: if the marks are not there.
+  """
+  before, found, rest = readme.partition(MARKS[0])
+  _, end, after = rest.partition(MARKS[1])
+  if not found or not end:
+    raise ValueError(f"README.md lacks the marks {MARKS[0]} and {MARKS[1]}")
+  return before + families() + after
+
+
+def _procedures() -> list[str]:
+  rows = []
+  for name, p in sorted(registry.PROCEDURES.items()):
+    verdict = f"{p.verdict}. {p.note}" if p.note else p.verdict
+    shown = f"`{p.command}`" if p.command else ""
+    file, oracle = (f"[{x}](../{x})" for x in (p.file, p.oracle))
+    rows.append(f"| {name} | {p.paper} | {file} | {oracle} | {verdict} | {shown} |")
+  return rows
 
 
 def _models() -> list[str]:
@@ -78,19 +139,22 @@ def main(argv: list[str]) -> None:
     argv: no positional arguments.
   """
   del argv
-  path, new = pathlib.Path(flags.FLAGS.file), render()
-  old = path.read_text() if path.exists() else ""
-  if not flags.FLAGS.check:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(new)
-  elif old != new:
-    lines = old.splitlines(), new.splitlines()
-    diff = difflib.unified_diff(*lines, fromfile="committed", tofile="current", lineterm="")
-    print("\n".join(diff), file=sys.stderr)
-    sys.exit(f"{path} is out of date; run: make docs")
+  path, readme = pathlib.Path(flags.FLAGS.file), pathlib.Path(flags.FLAGS.readme)
+  wanted = {path: render(), readme: with_families(readme.read_text())}
+  for file, new in wanted.items():
+    old = file.read_text() if file.exists() else ""
+    if not flags.FLAGS.check:
+      file.parent.mkdir(exist_ok=True)
+      file.write_text(new)
+    elif old != new:
+      lines = old.splitlines(), new.splitlines()
+      diff = difflib.unified_diff(*lines, fromfile="committed", tofile="current", lineterm="")
+      print("\n".join(diff), file=sys.stderr)
+      sys.exit(f"{file} is out of date; run: make docs")
 
 
 if __name__ == "__main__":
   flags.DEFINE_bool("check", False, "Fail if the file is not current; write nothing.")
   flags.DEFINE_string("file", "docs/methods.md", "The ledger.")
+  flags.DEFINE_string("readme", "README.md", "Where the table of families stands.")
   app.run(main)
