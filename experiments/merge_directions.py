@@ -59,29 +59,31 @@ def salsa(seed: int) -> Numbers:
     seed: of everything random.
 
   Returns:
-    Share of the test answers' bytes that are right, the share of test pairs ranked rightly, and how
-    far the policies went: nats that an answer to a test question has become likelier by.
+    Share of the test answers' bytes that are right; share of test pairs ranked rightly, which are
+    right answers against wrong ones of the policy; how much likelier answers have become (gain) and
+    how far they moved (distance), nats an answer.
   """
   named = {t: tasks.build(t, length=LENGTH, items=512, seed=seed) for t in ("sorting", "capitals")}
   base = trained(_blank(seed), named, steps=120, seed=seed)
   only = {"sorting": named["sorting"]}
   first, second = (trained(base, only, steps=60, seed=100 * seed + i) for i in (1, 2))
-  learn = pairs(named["sorting"].validation, seed)
-  held = pairs(named["sorting"].test, seed + 50)
+  learn = pairs(first, named["sorting"].validation, seed)
+  held = pairs(first, named["sorting"].test, seed + 50)
   batches = [{k: v[i : i + BATCH] for k, v in learn.items()} for i in range(0, 512, BATCH)]
   given = collect.Materials(batches=batches, donors=[second])
   out: Numbers = {}
   soup = drivers.run(registry.parse("merge.wise_ft(alpha=0.5)"), first, given)
   policies = {"sft": first, "other sft": second, "soup": soup}
   for name, alpha in (("dpo", 0.0), ("salsa", 0.5)):
-    one = registry.load("merge.salsa")(alpha=alpha, beta=0.1, steps=64, rate=2e-4)
+    one = registry.load("merge.salsa")(alpha=alpha, beta=0.1, steps=64, rate=1e-4)
     policies[name] = drivers.run(one, first, given, seed=seed)
   start = [np.asarray(x) for x in _answers(first.params, held)]
   for name, policy in policies.items():
     rows = named["sorting"].test
     out[f"accuracy of {name}"] = merge_bench.rate(merge_bench.score(policy, rows, exact=False))
     chosen, rejected = (np.asarray(x) for x in _answers(policy.params, held))
-    out[f"ranking of {name}"] = float((chosen > rejected).mean())
+    wrong = (held["chosen"] != held["rejected"]).any(axis=1)
+    out[f"ranking of {name}"] = float((chosen > rejected)[wrong].mean())
     out[f"gain of {name}"] = float((chosen - start[0]).mean())
     out[f"distance of {name}"] = float(np.abs(chosen - start[0]).mean())
   return out
@@ -140,21 +142,25 @@ def trained(
   return model_lib.Model(done.spec, done.params)
 
 
-def pairs(rows: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-  """Set right answers against such with two neighbouring bytes exchanged.
+def pairs(policy: model_lib.Model, rows: Mapping[str, np.ndarray], seed: int) -> dict[str, Any]:
+  """Set right answers against those that a policy samples; where these are right both are equal.
 
   Args:
-    rows: "tokens" and "weights" of a question and its answer in each row.
-    seed: of the places.
+    policy: who answers.
+    rows: "tokens" and "weights" of a question and its answer in each row, questions of one length.
+    seed: of the samples.
 
   Returns:
     A batch of pairs, see `models.preferences`.
   """
-  rng = np.random.default_rng([seed, 3])
+  first, stop = (int(f(np.flatnonzero(rows["weights"][0]))) + 1 for f in (np.min, np.max))
+  prompts, count = rows["tokens"][:, :first], stop - first  # the line's end is not sampled
+  said = models.generate(
+    policy.spec, policy.params, prompts, max_new_tokens=count, temperature=1.0,
+    key=jax.random.key(seed),
+  )  # fmt: skip
   worse = rows["tokens"].copy()
-  for row, weights in zip(worse, rows["weights"], strict=True):
-    at = 1 + rng.choice(np.flatnonzero(weights)[:-2])  # the last is the line's end
-    row[[at, at + 1]] = row[[at + 1, at]]
+  worse[:, :stop] = said
   sides = {"chosen": rows["tokens"], "rejected": worse}
   return {**sides, **{f"{side}_weights": rows["weights"] for side in sides}}
 

@@ -364,7 +364,10 @@ TABLE: dict[str, Entry] = {
     paper="Chegini et al., SALSA: Soup-based alignment learning for stronger adaptation in RLHF, "
     "2024, arXiv 2411.01798",
     oracle="tests/merge/salsa_test.py",
-    note="by DPO on given pairs; treesurgeon.train.preferences.ppo takes the same reference",
+    verdict="not reproduced",
+    command="python -P -m treesurgeon.experiments.merge_directions --what=salsa --seeds=3",
+    note="by DPO on given pairs; with the soup the policy goes further in three seeds, but is no "
+    "better: on small sorters DPO itself costs accuracy; train.preferences.ppo is not tried",
   ),
   "merge.sce": Entry(
     factory="treesurgeon.merge.sce:sce",
