@@ -134,6 +134,13 @@ ROWS = (
   Row("merge.breadcrumbs", {"density": 0.3}, {"lam": 0.0}, commutes=True),
   Row("merge.breadcrumbs_ties", {"density": 0.3}, {"lam": 0.0}, commutes=True),
   Row("merge.consensus", {"lam": 0.3}, {"alpha": 0.0}, commutes=True),
+  Row(
+    "merge.dam",
+    {"mask_steps": 2, "mask_rate": 1e-5, "steps": 2},
+    {"init": 0.0, "mask_steps": 0, "steps": 0},
+    commutes=True,
+    reduces=True,
+  ),
   Row("merge.dare_linear", {"density": 0.5}, {"lam": 0.0}),
   Row("merge.dare_ties", {"rescale": "l1"}, {"lam": 0.0}, reduces=True),
   Row("merge.della", neutral={"lam": 0.0}),
@@ -233,6 +240,35 @@ EXTRA = (
   ),
   Row("merge.opcm", {"granularity": "tensor"}, {"lam": 0.0}, reduces=True),
 )
+
+# What `make test` runs of the suite; `make test-all` runs all of it. Rows named here hold every law
+# in both. The others share their lift with one of these and leave to the slow tests what compiles
+# anew: other dtypes, shapes, meshes. What learns or searches leaves all but the laws in LIGHT.
+FULL = {
+  "adapt.lora", "adapt.merge", "compress.prune.magnitude", "compress.prune.wanda",
+  "compress.quantize.gptq", "compress.quantize.rtn", "edit.rome", "edit.unlearn.task_negation",
+  "grow.g_stack", "grow.interpolate", "merge.dare_linear", "merge.fisher", "merge.layer_swap",
+  "merge.linear", "merge.opcm", "merge.regmean", "merge.slerp", "merge.task_arithmetic",
+  "merge.ties", "merge.tsv_merge",
+}  # fmt: skip
+LEARN = {
+  "merge.adamerging", "merge.arcee_fusion", "merge.atlas", "merge.bang", "merge.dam", "merge.pcb",
+  "merge.optmerge", "merge.pleas", "merge.rebasin", "merge.salsa", "merge.soup_learned",
+  "merge.sparse_model_soups", "merge.unconstrained", "merge.wudi",
+}  # fmt: skip
+LIGHT = {
+  "test_eval_shape_agrees", "test_it_changes_something", "test_spelling_and_info_round_trip",
+  "test_the_neutral_setting_is_the_identity",
+}  # fmt: skip
+DEAR = {"test_compilations_do_not_grow_with_depth", "test_the_storage_dtype_is_kept"}
+
+
+def slow(row: Row, law: str) -> bool:
+  """Tell whether `make test` leaves a law out for a row."""
+  if row.name in LEARN:
+    return law not in LIGHT
+  return law in DEAR and (row.name not in FULL or row in EXTRA)
+
 
 SPEC = models.Spec(vocab_size=32, d_model=16, num_layers=2, num_heads=2, d_ff=32, max_positions=32)
 # Of other shapes, so that nothing is compiled yet; few different ones, to keep the suite quick.

@@ -23,7 +23,17 @@ table = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(table)
 
 ALL = [*table.ROWS, *table.EXTRA]
-every_row = pytest.mark.parametrize("row", ALL, ids=[f"{r.name}-{i}" for i, r in enumerate(ALL)])
+
+
+def every_row(law):
+  """Parametrizes a law over the rows; what `make test` leaves out is marked slow."""
+  rows = [
+    pytest.param(
+      r, id=f"{r.name}-{i}", marks=[pytest.mark.slow] if table.slow(r, law.__name__) else []
+    )
+    for i, r in enumerate(ALL)
+  ]
+  return pytest.mark.parametrize("row", rows)(law)
 
 
 @functools.cache
@@ -257,9 +267,7 @@ def test_the_order_of_donors_does_not_matter(row):
   for name, need in one.needs.items():
     if getattr(need, "of", "model") == "donors":
       value = evidence[name]
-      turned[name] = (
-        value[::-1] if isinstance(value, tuple) else {a: value[a][::-1] for a in value}
-      )
+      turned[name] = value[::-1] if isinstance(value, tuple) else {a: value[a][::-1] for a in value}
   out = one.apply(m, {**evidence, **turned}, KEY)
   for address in m.addresses():
     np.testing.assert_allclose(

@@ -28,39 +28,45 @@ def load_table():
   return module
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory, eight_devices):
-  """Runs all cases in a process with eight devices; returns case to what went wrong."""
+@pytest.fixture(scope="module", params=["full", pytest.param("all", marks=pytest.mark.slow)])
+def report(request, tmp_path_factory, eight_devices):
+  """Runs the cases in a process with eight devices; returns case to what went wrong."""
   out = tmp_path_factory.mktemp("multidevice") / "report.json"
   done = subprocess.run(
-    [sys.executable, "-P", "-W", "error", str(HERE), str(out)],
+    [sys.executable, "-P", "-W", "error", str(HERE), str(out), request.param],
     env=eight_devices,
     capture_output=True,
     text=True,
     check=False,
   )
   assert done.returncode == 0, done.stderr[-4000:]
-  return json.loads(out.read_text())
+  return request.param, json.loads(out.read_text())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sharded_equals_unsharded(report, kind):
+  which, report = report
   wrong = {case: text for case, text in report.items() if case.endswith(kind) and text}
   assert not wrong, "\n\n".join(f"{case}:\n{text}" for case, text in wrong.items())
-  rows = len([c for c in report if c.endswith(kind)])
-  table = load_table()
-  assert rows == len(table.ROWS) + len(table.EXTRA)
+  assert len([c for c in report if c.endswith(kind)]) == len(cases(load_table(), which))
 
 
-def main(out):
-  """Runs every row on both kinds of mesh and writes the report."""
+def cases(table, which):
+  """Lists the rows that `make test` runs, or all."""
+  rows = [*table.ROWS, *table.EXTRA]
+  law = "test_compilations_do_not_grow_with_depth"
+  return rows if which == "all" else [r for r in rows if not table.slow(r, law)]
+
+
+def main(out, which):
+  """Runs rows on both kinds of mesh and writes the report."""
   import jax
 
   jax.config.update("jax_numpy_rank_promotion", "raise")
   assert len(jax.devices()) == 8
   table = load_table()
   found = {}
-  for i, row in enumerate([*table.ROWS, *table.EXTRA]):
+  for i, row in enumerate(cases(table, which)):
     for kind in KINDS:
       try:
         check(table, row, kind)
@@ -127,4 +133,4 @@ def check(table, row, kind):
 
 
 if __name__ == "__main__":
-  main(sys.argv[1])
+  main(*sys.argv[1:])

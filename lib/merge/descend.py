@@ -51,8 +51,8 @@ def minimize(
     >>> round(float(x[0]), 3)
     1.0
   """
-  state = optimizer.init(start)
-  x, losses = start, []
+  x, state = _begin(optimizer, start, fixed)
+  losses = []
   feed = itertools.cycle(batches)
   for i in range(steps):
     batch = next(feed, None)
@@ -63,6 +63,13 @@ def minimize(
   if any(isinstance(value, jax.core.Tracer) for value in losses):
     losses = []
   return x, np.asarray(losses, np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0, keep_unused=True)
+def _begin(optimizer: optax.GradientTransformation, x: Any, fixed: Any) -> tuple[Any, Any]:
+  """Put the state where `fixed` lies, as the first step would; the second shall not recompile."""
+  del fixed
+  return x, optimizer.init(x)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
