@@ -149,7 +149,7 @@ def stream(
       return None
     part = model_lib.Part(source.spec, {a: source.leaf(a) for a in group})
     check_finite(part.params.items(), "in the base model")
-    evidence = [
+    evidence: list[needs.Evidence] = [
       {n: {a: d[a] for a in group if a in changed[i]} for n, d in donors[i].items()}
       for i in range(len(transform))
     ]
