@@ -152,9 +152,9 @@ TABLE: dict[str, Entry] = {
     oracle="tests/merge/bang_test.py",
     verdict="not reproduced",
     command="python -P -m treesurgeon.experiments.digit_directions --what=bang --seeds=3",
-    note="fine-tunes with smoothed labels, mixup or both, then averages as merge.wise_ft; smoothing "
-    "does make the model less sure, and its average is better out of distribution in two seeds of "
-    "three; logits x10 cost nothing: the head alone is louder",
+    note="fine-tunes with smoothed labels, mixup or both, then averages as merge.wise_ft; that "
+    "leaves the model less sure, and the average better out of distribution in two seeds of three; "
+    "logits x10 do not spoil the average, as the head alone is louder",
   ),
   "merge.breadcrumbs": Entry(
     factory="treesurgeon.merge.breadcrumbs:breadcrumbs",
@@ -182,9 +182,9 @@ TABLE: dict[str, Entry] = {
     oracle="tests/merge/dam_test.py",
     verdict="not reproduced",
     command="python -P -m treesurgeon.experiments.digit_directions --what=dam --seeds=3",
-    note="two masks in turn, masks=1 is the authors' code; fewer attacks than on AdaMerging and than "
-    "with one mask in three seeds, than on task arithmetic at equal λ in two, for 2 to 8 points of "
-    "accuracy; a smaller λ is safer than either",
+    note="two masks in turn, masks=1 is the authors' code; fewer attacks than on AdaMerging, and "
+    "than with one mask, in three seeds; than on task arithmetic at equal λ in two, for 2 to 8 "
+    "points of accuracy; task arithmetic with a smaller λ is safer and better",
   ),
   "merge.dare_linear": Entry(
     factory="treesurgeon.merge.dare:dare_linear",

@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from treesurgeon import registry
+from treesurgeon import models, registry
 from treesurgeon.cli import inspect, main
 from treesurgeon.core import lineage, needs, paths, step
 from treesurgeon.core import model as model_lib
@@ -213,7 +213,9 @@ def bring(
       f"--calibration is given {len(texts)} times; the transform names {len(donors)} donors: give "
       "one text for all, or one for each donor"
     )
-  length = values.length or min(source.spec.max_positions or 2048, 2048)
+  length = values.length or min(getattr(source.spec, "max_positions", None) or 2048, 2048)
+  if texts and isinstance(source.spec, models.VisionSpec):
+    raise ValueError(f"--calibration is text, and {values.model} is an image classifier")
   if texts:
     recipe = {"samples": values.samples, "length": length, "batch": values.batch}
   cut = []
@@ -223,7 +225,7 @@ def bring(
         main.read_text("--calibration", path),
         tokenizers.load(values.model),
         **recipe,
-        vocab_size=source.spec.vocab_size,
+        vocab_size=getattr(source.spec, "vocab_size", 0),
         source=f"--calibration={path}",
       )
     )

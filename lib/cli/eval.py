@@ -54,7 +54,7 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
   if values.json and not pathlib.Path(values.json).absolute().parent.is_dir():
     raise ValueError(f"--json={values.json}: there is no directory to put it in")
   model = loading.load(values.model)
-  window = values.window or min(model.spec.max_positions or 2048, 2048)
+  window = values.window or min(getattr(model.spec, "max_positions", None) or 2048, 2048)
   result = perplexity.evaluate(
     model,
     text,

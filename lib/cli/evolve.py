@@ -66,7 +66,7 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
   source = checkpoint.Checkpoint(values.model)
   materials = apply.bring(values, source, transform)
   tokenizer = tokenizers.load(values.model)
-  window = values.window or min(source.spec.max_positions or 2048, 2048)
+  window = values.window or min(getattr(source.spec, "max_positions", None) or 2048, 2048)
 
   def nll(m: model_lib.Model) -> float:
     return perplexity.evaluate(m, text, tokenizer, window=window, stride=max(1, window // 2)).nll

@@ -250,7 +250,7 @@ def _step(
   change, noise_moments = tuning.adam(noise_rate).update(
     jax.grad(harmless)(state.noise), state.moments[-1]
   )
-  noise = optax.apply_updates(state.noise, change)
+  moved: Any = optax.apply_updates(state.noise, change)
   weight = jnp.where(guards, numbers.strength, 0.0)
 
   def mask_loss(logits: tuple[mixture.Flat, ...]) -> jax.Array:
@@ -260,7 +260,7 @@ def _step(
       risk = _risk(plan.spec, params, b, d, bounds=bounds, penalty=penalty)
       return networks.entropy(plan.spec, params, b) + weight * risk
 
-    return jax.vmap(one)(batch, noise).sum()
+    return jax.vmap(one)(batch, moved).sum()
 
   slopes = jax.grad(mask_loss)(state.logits)
   logits, moments = [], []
@@ -269,23 +269,25 @@ def _step(
     pick = functools.partial(jnp.where, turn == j)
     logits.append(jax.tree.map(pick, optax.apply_updates(x, change), x))
     moments.append(jax.tree.map(pick, new, old))
-  return State(tuple(logits), noise, (*moments, noise_moments))
+  return State(tuple(logits), moved, (*moments, noise_moments))
 
 
 def _risk(
   spec: Any, params: Any, batch: Any, noise: jax.Array, *, bounds: Any, penalty: str
 ) -> jax.Array:
   """Compute what the noise does: the entropy under it, or how far predictions are from before."""
-  noisy, patch = batch, None
+  noisy: Any = batch
+  patch: Any = None
   if isinstance(batch, Mapping) and "inputs" in batch:
     x = networks.inputs(batch) + noise.astype(jnp.float32)[None]
     noisy = {**batch, "inputs": x if bounds is None else jnp.clip(x, *bounds)}
   else:
 
-    def patch(name: str, value: jax.Array, layer: jax.Array) -> jax.Array:
+    def disturb(name: str, value: jax.Array, layer: jax.Array) -> jax.Array:
       del layer
       return value + noise.astype(value.dtype)[None] if name == "embed/out" else value
 
+    patch = disturb
   if penalty == "entropy":
     return networks.entropy(spec, params, noisy, patch=patch)
   clean = jax.lax.stop_gradient(networks.predictions(spec, params, batch)[0]).argmax(axis=-1)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from treesurgeon.models import hf_names, shapes
+from treesurgeon.models import hf_names, network, shapes, vision_spec
 from treesurgeon.models import spec as specs
 from treesurgeon.models.hf_config import from_config as from_config
 from treesurgeon.models.hf_config import to_config as to_config
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
   kind: str
 
 
-def entries(spec: specs.Spec, names: Collection[str] | None = None) -> tuple[Entry, ...]:
+def entries(spec: vision_spec.AnySpec, names: Collection[str] | None = None) -> tuple[Entry, ...]:
   """List every tensor of a checkpoint of this architecture, once.
 
   Args:
@@ -60,8 +60,8 @@ def entries(spec: specs.Spec, names: Collection[str] | None = None) -> tuple[Ent
   """
   if names is not None:
     spec = refine(spec, names)
-  if spec.family == "treesurgeon":
-    return tuple(Entry(a.replace("/", "."), (a,), "copy") for a in shapes.addresses(spec))
+  if isinstance(spec, vision_spec.VisionSpec) or spec.family == "treesurgeon":
+    return tuple(Entry(a.replace("/", "."), (a,), "copy") for a in network.addresses(spec))
   family = _family(spec)
   prefix = family.prefixes[0] if spec.name_prefix is None else spec.name_prefix
   found = list(_rows(spec, family, prefix))
@@ -76,7 +76,7 @@ def entries(spec: specs.Spec, names: Collection[str] | None = None) -> tuple[Ent
   return tuple(found)
 
 
-def refine(spec: specs.Spec, names: Collection[str]) -> specs.Spec:
+def refine(spec: vision_spec.AnySpec, names: Collection[str]) -> vision_spec.AnySpec:
   """Settle what only the tensor names of a file tell: their prefix, and an encoder's heads.
 
   Args:
@@ -89,7 +89,7 @@ def refine(spec: specs.Spec, names: Collection[str]) -> specs.Spec:
   Raises:
     ValueError: if the token embedding is found under no known prefix.
   """
-  if spec.family == "treesurgeon":
+  if isinstance(spec, vision_spec.VisionSpec) or spec.family == "treesurgeon":
     return spec
   family = _family(spec)
   probes = {p: family.before[0][0].format(p=p, i="") for p in family.prefixes}
@@ -109,7 +109,7 @@ def refine(spec: specs.Spec, names: Collection[str]) -> specs.Spec:
   return dataclasses.replace(spec, name_prefix=prefix)
 
 
-def address_shape(spec: specs.Spec, address: str) -> tuple[int, ...]:
+def address_shape(spec: vision_spec.AnySpec, address: str) -> tuple[int, ...]:
   """Return the shape of the leaf at an address.
 
   Args:
@@ -122,13 +122,13 @@ def address_shape(spec: specs.Spec, address: str) -> tuple[int, ...]:
   Raises:
     ValueError: if the architecture has no such leaf.
   """
-  table = shapes.addresses(spec)
+  table = network.addresses(spec)
   if address not in table:
     raise ValueError(f"{address!r} is not a leaf of this {spec.family} model")
   return table[address]
 
 
-def shape(spec: specs.Spec, entry: Entry) -> tuple[int, ...]:
+def shape(spec: vision_spec.AnySpec, entry: Entry) -> tuple[int, ...]:
   """Return the shape of a tensor in the file.
 
   Args:
@@ -146,7 +146,9 @@ def shape(spec: specs.Spec, entry: Entry) -> tuple[int, ...]:
   return parts[0]
 
 
-def to_leaves(spec: specs.Spec, entry: Entry, hf_array: np.ndarray) -> dict[str, np.ndarray]:
+def to_leaves(
+  spec: vision_spec.AnySpec, entry: Entry, hf_array: np.ndarray
+) -> dict[str, np.ndarray]:
   """Convert a tensor of the file to leaves.
 
   Args:
@@ -180,7 +182,9 @@ def to_leaves(spec: specs.Spec, entry: Entry, hf_array: np.ndarray) -> dict[str,
   return dict(zip(entry.address, parts, strict=True))
 
 
-def to_tensor(spec: specs.Spec, entry: Entry, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
+def to_tensor(
+  spec: vision_spec.AnySpec, entry: Entry, leaves: Mapping[str, np.ndarray]
+) -> np.ndarray:
   """Convert leaves to the tensor of the file; the inverse of `to_leaves`, bit for bit.
 
   Args:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from treesurgeon.models import hf_families, hf_rope
+from treesurgeon.models import hf_families, hf_rope, vision_spec
 from treesurgeon.models import spec as specs
 
 _ACTIVATIONS = {
@@ -33,9 +33,12 @@ _SPELLED = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "r
 _OURS = "treesurgeon"
 _UNWRITTEN = ("extra", "name_prefix", "family")
 _FIELDS = tuple(f.name for f in dataclasses.fields(specs.Spec) if f.name not in _UNWRITTEN)
+_VISION = tuple(
+  f.name for f in dataclasses.fields(vision_spec.VisionSpec) if f.name not in _UNWRITTEN
+)
 
 
-def from_config(config: Mapping[str, Any]) -> specs.Spec:
+def from_config(config: Mapping[str, Any]) -> vision_spec.AnySpec:
   """Build the spec that a `config.json` describes.
 
   Args:
@@ -59,24 +62,27 @@ def from_config(config: Mapping[str, Any]) -> specs.Spec:
     valid = ", ".join([*hf_families.FAMILIES, _OURS])
     raise ValueError(f"model_type {name!r} is not supported; valid: {valid}")
   ours = dict(config.get(_OURS) or {})
-  unknown = sorted(set(ours) - set(_FIELDS))
+  sees = name == _OURS and ours.pop("network", None) == "vision"
+  known = _VISION if sees else _FIELDS
+  unknown = sorted(set(ours) - set(known))
   if unknown:
     raise ValueError(f"config key {_OURS!r} holds the unknown field {unknown[0]!r}")
   fields: dict[str, Any] = ours
   if name == _OURS:
-    missing = [
-      f for f in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff") if f not in fields
-    ]
+    wanted = ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff")
+    wanted = ("kind", "image_size", "num_classes", "d_model", "num_layers") if sees else wanted
+    missing = [f for f in wanted if f not in fields]
     if missing:
       raise ValueError(f"config.json of a {_OURS} model lacks {_OURS}.{missing[0]}")
   else:
     fields = _read(name, config) | ours
   extra = tuple((k, json.dumps(v)) for k, v in config.items() if k != _OURS)
   fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-  return specs.Spec(**fields, family=name, extra=extra)
+  make = vision_spec.VisionSpec if sees else specs.Spec
+  return make(**fields, family=name, extra=extra)
 
 
-def to_config(spec: specs.Spec) -> dict[str, Any]:
+def to_config(spec: vision_spec.AnySpec) -> dict[str, Any]:
   """Write the `config.json` of a spec.
 
   Args:
@@ -98,10 +104,12 @@ def to_config(spec: specs.Spec) -> dict[str, Any]:
   config, left = _lay(spec)
   if left:
     config[_OURS] = {f: getattr(spec, f) for f in left}
+    if isinstance(spec, vision_spec.VisionSpec):
+      config[_OURS] |= {"network": "vision"}
   return json.loads(json.dumps(config))
 
 
-def unsupported(spec: specs.Spec) -> tuple[str, ...]:
+def unsupported(spec: vision_spec.AnySpec) -> tuple[str, ...]:
   """Name the fields of a spec that its family's config cannot express.
 
   Args:
@@ -120,9 +128,11 @@ def unsupported(spec: specs.Spec) -> tuple[str, ...]:
   return _lay(spec)[1]
 
 
-def _lay(spec: specs.Spec) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _lay(spec: vision_spec.AnySpec) -> tuple[dict[str, Any], tuple[str, ...]]:
   """Return the config without our own key, and the fields that it gets wrong."""
   base = {k: json.loads(v) for k, v in spec.extra}
+  if isinstance(spec, vision_spec.VisionSpec):
+    return base | {"model_type": _OURS}, _VISION
   if spec.family == _OURS:
     return base | {"model_type": _OURS}, _FIELDS
   if spec.family not in hf_families.FAMILIES:

@@ -16,13 +16,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from treesurgeon.models import decoder, shapes, stack, vision, vision_shapes
-from treesurgeon.models import spec as specs
 from treesurgeon.models import vision_spec as vision_specs
 
-AnySpec = specs.Spec | vision_specs.VisionSpec
 
-
-def init(spec: AnySpec, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+def init(spec: vision_specs.AnySpec, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
   """Draw fresh parameters.
 
   Args:
@@ -39,10 +36,12 @@ def init(spec: AnySpec, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, A
     >>> models.init(spec, jax.random.key(0))["layers"]["0:2"]["mlp"]["up"]["kernel"].shape
     (2, 4, 8)
   """
-  return (vision_shapes if _sees(spec) else shapes).init(spec, key, dtype)
+  if isinstance(spec, vision_specs.VisionSpec):
+    return vision_shapes.init(spec, key, dtype)
+  return shapes.init(spec, key, dtype)
 
 
-def addresses(spec: AnySpec) -> dict[str, tuple[int, ...]]:
+def addresses(spec: vision_specs.AnySpec) -> dict[str, tuple[int, ...]]:
   """Return the shape of every leaf of the architecture, by address.
 
   Args:
@@ -57,11 +56,13 @@ def addresses(spec: AnySpec) -> dict[str, tuple[int, ...]]:
     >>> models.addresses(spec)["layers/1/dense/kernel"]
     (32, 32)
   """
-  return (vision_shapes if _sees(spec) else shapes).addresses(spec)
+  if isinstance(spec, vision_specs.VisionSpec):
+    return vision_shapes.addresses(spec)
+  return shapes.addresses(spec)
 
 
 def forward(
-  spec: AnySpec, params: Mapping[str, Any], inputs: ArrayLike, **options: Any
+  spec: vision_specs.AnySpec, params: Mapping[str, Any], inputs: ArrayLike, **options: Any
 ) -> decoder.Output:
   """Run the network on a batch.
 
@@ -82,11 +83,17 @@ def forward(
     >>> models.forward(spec, params, jnp.ones((3, 64))).logits.shape
     (3, 10)
   """
-  return (vision if _sees(spec) else decoder).forward(spec, params, inputs, **options)
+  if isinstance(spec, vision_specs.VisionSpec):
+    return vision.forward(spec, params, inputs, **options)
+  return decoder.forward(spec, params, inputs, **options)
 
 
 def embed(
-  spec: AnySpec, params: Mapping[str, Any], inputs: ArrayLike, *rest: Any, **options: Any
+  spec: vision_specs.AnySpec,
+  params: Mapping[str, Any],
+  inputs: ArrayLike,
+  *rest: Any,
+  **options: Any,
 ) -> Float[Array, "batch *places width"]:
   """Turn a batch into the first layer's input.
 
@@ -100,11 +107,13 @@ def embed(
   Returns:
     The first layer's input.
   """
-  return (vision if _sees(spec) else decoder).embed(spec, params, inputs, *rest, **options)
+  if isinstance(spec, vision_specs.VisionSpec):
+    return vision.embed(spec, params, inputs, *rest, **options)
+  return decoder.embed(spec, params, inputs, *rest, **options)
 
 
 def block(
-  spec: AnySpec,
+  spec: vision_specs.AnySpec,
   layer_params: Mapping[str, Any],
   h: Float[Array, "batch *places width"],
   *,
@@ -123,12 +132,13 @@ def block(
   Returns:
     The layer's output, and the observations by tap.
   """
-  run = vision.block if _sees(spec) else stack.block
-  return run(spec, layer_params, h, layer=layer, **options)
+  if isinstance(spec, vision_specs.VisionSpec):
+    return vision.block(spec, layer_params, h, layer=layer, **options)
+  return stack.block(spec, layer_params, h, layer=layer, **options)
 
 
 def head(
-  spec: AnySpec,
+  spec: vision_specs.AnySpec,
   params: Mapping[str, Any],
   h: Float[Array, "batch *places width"],
   **options: Any,
@@ -144,8 +154,6 @@ def head(
   Returns:
     float32 logits.
   """
-  return (vision if _sees(spec) else decoder).head(spec, params, h, **options)
-
-
-def _sees(spec: Any) -> bool:
-  return isinstance(spec, vision_specs.VisionSpec)
+  if isinstance(spec, vision_specs.VisionSpec):
+    return vision.head(spec, params, h, **options)
+  return decoder.head(spec, params, h, **options)

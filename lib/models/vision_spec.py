@@ -49,6 +49,7 @@ class VisionSpec:
     residual: whether an MLP's or conv net's layers add to their input; a ViT's always do.
     activation: "relu", "gelu" (exact), "gelu_tanh" or "silu".
     family: for names in files; there is only ours.
+    extra: config keys that are not modelled, as (key, JSON) pairs; neither compared nor hashed.
 
   Raises:
     ValueError: naming the field, its value and what would be valid.
@@ -76,6 +77,7 @@ class VisionSpec:
   residual: bool = False
   activation: str = "relu"
   family: str = "treesurgeon"
+  extra: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False, repr=False)
 
   def __post_init__(self):
     for name, valid in CHOICES.items():
@@ -188,6 +190,9 @@ class VisionSpec:
       norm_eps=self.norm_eps, gated=False, activation=self.activation,
       qkv_bias=True, o_bias=True, mlp_bias=True,
     )  # fmt: skip
+
+
+AnySpec = specs.Spec | VisionSpec
 
 
 def _check_count(name: str, value: Any) -> None:

@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
-from treesurgeon import io, registry
+from treesurgeon import io, models, registry
 from treesurgeon.cli import main
-from treesurgeon.core import leaves
+from treesurgeon.core import leaves, model
 from treesurgeon.io import checkpoint, tokenizer
 from treesurgeon.run import calibration, collect, replay
 
@@ -235,3 +237,18 @@ def test_a_killed_stream_loses_nothing_and_a_rerun_completes_it(directories, tmp
       assert same or name == "lineage.json", name
   assert replay.differing(io.Checkpoint(out), io.Checkpoint(whole)) == []
   assert io.Checkpoint(out).lineage == io.Checkpoint(whole).lineage
+
+
+def test_image_classifiers_are_pruned_and_merged_but_not_calibrated_by_text(tmp_path, text, fails):
+  spec = models.VisionSpec("mlp", image_size=2, num_classes=3, d_model=4, num_layers=2)
+  for seed, name in enumerate(("base", "other")):
+    io.save(model.Model(spec, models.init(spec, jax.random.key(seed))), tmp_path / name)
+  where = [f"--model={tmp_path / 'base'}", f"--out={tmp_path / 'out'}"]
+  other = str(tmp_path / "other")
+  go = [f"--transform=merge.wise_ft(models=[{other!r}]) + compress.prune.magnitude(sparsity=0.75)"]
+  assert main.run(["apply", *where, *go]) == 0
+  merged = io.load(tmp_path / "out")
+  assert merged.spec == spec
+  assert (np.asarray(merged.leaf("layers/1/dense/kernel")) == 0).sum() == 12
+  wanda = ["--transform=compress.prune.wanda()", f"--calibration={text}", "--overwrite"]
+  assert "is text, and" in fails("apply", *where, *wanda)

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from treesurgeon import models, registry
+from treesurgeon import io, models, registry
 from treesurgeon.core import model, needs, paths, step
 from treesurgeon.io import orbax
-from treesurgeon.models import vision
+from treesurgeon.models import hf, vision
 from treesurgeon.run import collect, drivers, statistics
 from treesurgeon.train import feed, flops, loop
 
@@ -255,6 +256,23 @@ def test_orbax_keeps_it(name, tmp_path):
   back = orbax.restore(tmp_path / "out")
   assert back.spec == m.spec
   assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), m.params, back.params))
+
+
+@every
+def test_safetensors_keep_it(name, tmp_path):
+  m = make(name)
+  io.save(m, tmp_path / "out")
+  back = io.load(tmp_path / "out")
+  assert back.spec == m.spec
+  assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), m.params, back.params))
+  config = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert config["treesurgeon"]["kind"] == m.spec.kind
+  del config["treesurgeon"]["num_classes"]
+  with pytest.raises(ValueError, match=r"lacks treesurgeon\.num_classes"):
+    hf.from_config(config)
+  config["treesurgeon"] |= {"num_classes": 3, "depth": 2}
+  with pytest.raises(ValueError, match="holds the unknown field 'depth'"):
+    hf.from_config(config)
 
 
 @pytest.mark.parametrize("name", ["mlp", "vit"])
