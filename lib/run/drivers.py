@@ -148,7 +148,9 @@ def stream(
     if all(sink.done(a) for a in group):
       return None
     part = model_lib.Part(source.spec, {a: source.leaf(a) for a in group})
-    check_finite(part.params.items(), "in the base model")
+    # What is read from files comes as host arrays, and the readers refuse NaN.
+    held = [(a, x) for a, x in part.params.items() if not isinstance(x, np.ndarray)]
+    check_finite(held, "in the base model")
     evidence: list[needs.Evidence] = [
       {n: {a: d[a] for a in group if a in changed[i]} for n, d in donors[i].items()}
       for i in range(len(transform))
