@@ -115,10 +115,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if arg == "digits":
     default |= {
       "suite": "digits",
-      "tasks": ("digits", "rotated", "inverted", "shifted", "larger", "parity", "relabelled",
-                "scrambled"),
+      "tasks": ("rotated", "parity", "shifted", "relabelled", "inverted", "larger", "scrambled",
+                "digits"),
       "held_out": (),
-      "mixture": {"digits": 0.6, "rotated": 0.1, "inverted": 0.1, "shifted": 0.1, "larger": 0.1},
+      "mixture": {"digits": 0.88, "rotated": 0.03, "inverted": 0.03, "shifted": 0.03, "larger": 0.03},
       "spec": {"kind": "mlp", "d_model": 128, "num_layers": 3, "norm": "layer", "residual": True},
       "base": {"steps": 400, "lr": 2e-3, "batch": 64},
       "full": {"steps": 150, "lr": 1e-3, "batch": 64},
