@@ -83,7 +83,8 @@ def concrete(
     The mask, between 0 and 1.
 
   Example:
-    >>> concrete(jnp.zeros(2), jnp.array([0.5, 0.8]), temperature=0.5).round(3).tolist()
+    >>> mask = concrete(jnp.zeros(2), jnp.array([0.5, 0.8]), temperature=0.5)
+    >>> [round(float(x), 3) for x in mask]
     [0.5, 0.941]
   """
   return jax.nn.sigmoid((logits + jnp.log(u) - jnp.log1p(-u)) / temperature)
