@@ -118,7 +118,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       "tasks": ("rotated", "parity", "shifted", "relabelled", "inverted", "larger", "scrambled",
                 "digits"),
       "held_out": (),
-      "mixture": {"digits": 0.88, **dict.fromkeys(("rotated", "inverted", "shifted", "larger"), 0.03)},
+      "mixture": {
+        "digits": 0.88, "rotated": 0.03, "inverted": 0.03, "shifted": 0.03, "larger": 0.03,
+      },
       "spec": {"kind": "mlp", "d_model": 128, "num_layers": 3, "norm": "layer", "residual": True},
       "base": {"steps": 400, "lr": 2e-3, "batch": 64},
       "full": {"steps": 150, "lr": 1e-3, "batch": 64},
