@@ -44,6 +44,11 @@ _CONNECTIVITY = (
   "python -P -m treesurgeon.experiments.connectivity --config=configs/connectivity.py --workdir=DIR"
 )
 
+_MERGE_BENCH = (
+  "python -P -m treesurgeon.experiments.merge_bench --config=configs/merge_bench.py:digits "
+  "--workdir=DIR"
+)
+
 TABLE: dict[str, Entry] = {
   "adapt.lora": Entry(
     factory="treesurgeon.adapt.lora:lora",
@@ -191,6 +196,8 @@ TABLE: dict[str, Entry] = {
     paper="Yu et al., Language models are Super Mario (DARE), 2023, arXiv 2311.03099",
     oracle="tests/merge/dare_test.py",
     note="equals mergekit 0.1.5 given its masks, rescale='l1'; tests/peers/merge_sparse_test.py",
+    verdict="reproduced",
+    command=_MERGE_BENCH,
   ),
   "merge.dare_ties": Entry(
     factory="treesurgeon.merge.dare:dare_ties",
@@ -215,6 +222,8 @@ TABLE: dict[str, Entry] = {
     paper="Huang et al., EMR-Merging, 2024, arXiv 2405.17461",
     oracle="tests/merge/emr_test.py",
     note="serves one donor; rescales by tensor, the paper with granularity='global'",
+    verdict="reproduced",
+    command=_MERGE_BENCH,
   ),
   "merge.fisher": Entry(
     factory="treesurgeon.merge.fisher:fisher",
@@ -222,12 +231,16 @@ TABLE: dict[str, Entry] = {
     "arXiv 2111.09832",
     oracle="tests/merge/fisher_test.py",
     note="empirical Fisher information; exact optimum of quadratic losses",
+    verdict="reproduced",
+    command=_MERGE_BENCH,
   ),
   "merge.iso_c": Entry(
     factory="treesurgeon.merge.iso_c:iso_c",
     paper="Marczak et al., No task left behind, 2025, arXiv 2502.04959",
     oracle="tests/merge/iso_c_test.py",
     note="equals FusionBench's algorithm in float64 where no direction is null",
+    verdict="reproduced",
+    command=_MERGE_BENCH,
   ),
   "merge.iso_cts": Entry(
     factory="treesurgeon.merge.iso_c:iso_cts",
@@ -303,6 +316,8 @@ TABLE: dict[str, Entry] = {
     paper="Wei et al., OptMerge, 2025, arXiv 2505.19892",
     oracle="tests/merge/optmerge_test.py",
     note="both official scripts, equal in float64: variant='full' and variant='lora'",
+    verdict="reproduced",
+    command=_MERGE_BENCH,
   ),
   "merge.passthrough": Entry(
     factory="treesurgeon.merge.passthrough:passthrough",
@@ -354,12 +369,16 @@ TABLE: dict[str, Entry] = {
     "arXiv 2212.09849",
     oracle="tests/merge/regmean_test.py",
     note="equals stacked least squares in float64",
+    verdict="reproduced",
+    command=_MERGE_BENCH,
   ),
   "merge.regmean_pp": Entry(
     factory="treesurgeon.merge.regmean_pp:regmean_pp",
     paper="Nguyen et al., RegMean++, 2025, arXiv 2508.03121",
     oracle="tests/merge/regmean_pp_test.py",
     note="RegMean through the blocks already merged; the blockwise driver makes the difference",
+    verdict="reproduced",
+    command=_MERGE_BENCH,
   ),
   "merge.robust_weight_signatures": Entry(
     factory="treesurgeon.merge.robust_weight_signatures:robust_weight_signatures",
@@ -416,12 +435,16 @@ TABLE: dict[str, Entry] = {
     paper="Wang et al., Localizing task information, 2024, arXiv 2405.07813",
     oracle="tests/merge/tall_masks_test.py",
     note="serves one donor; merge.task_store keeps all in two models and a bit an entry",
+    verdict="reproduced",
+    command=_MERGE_BENCH,
   ),
   "merge.task_arithmetic": Entry(
     factory="treesurgeon.merge.task_arithmetic:task_arithmetic",
     paper="Ilharco et al., Editing models with task arithmetic, 2022, arXiv 2212.04089",
     oracle="tests/merge/task_arithmetic_test.py",
     note="equals mergekit 0.1.5; tests/peers/merge_test.py",
+    verdict="reproduced",
+    command=_MERGE_BENCH,
   ),
   "merge.ties": Entry(
     factory="treesurgeon.merge.ties:ties",
@@ -437,6 +460,8 @@ TABLE: dict[str, Entry] = {
     paper="Gargiulo et al., Task singular vectors, 2024, arXiv 2412.00081",
     oracle="tests/merge/tsv_merge_test.py",
     note="equals the official algorithm in float64 where no direction is null",
+    verdict="reproduced",
+    command=_MERGE_BENCH,
   ),
   "merge.twin": Entry(
     factory="treesurgeon.merge.twin:twin",
@@ -462,6 +487,8 @@ TABLE: dict[str, Entry] = {
     paper="Cheng et al., Whoever started the interference should end it, 2025, arXiv 2503.08099",
     oracle="tests/merge/wudi_test.py",
     note="equals the official loop in float64; solver='closed' is its exact minimum",
+    verdict="not reproduced",
+    command=_MERGE_BENCH,
   ),
 }
 
@@ -532,11 +559,6 @@ class Procedure:
   command: str = ""
   note: str = ""
 
-
-_MERGE_BENCH = (
-  "python -P -m treesurgeon.experiments.merge_bench --config=configs/merge_bench.py:digits "
-  "--workdir=DIR"
-)
 
 PROCEDURES: dict[str, Procedure] = {
   "evolutionary search of a merge": Procedure(
