@@ -223,7 +223,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
     from sklearn import datasets
   except ImportError as error:
     raise ImportError("the digits need scikit-learn: pip install 'treesurgeon[eval]'") from error
-  images, labels = datasets.load_digits(return_X_y=True)
+  images, labels = (np.asarray(part) for part in datasets.load_digits(return_X_y=True))
   return (images / 16).astype(np.float32).reshape(-1, SIDE, SIDE, 1), labels
 
 
