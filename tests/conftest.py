@@ -5,6 +5,8 @@ Tests that need several devices start a process of their own with `XLA_FLAGS` se
 (`multidevice_test.py`), because the number of devices is fixed when JAX first runs.
 """
 
+import gc
+import itertools
 import os
 import pathlib
 
@@ -17,6 +19,11 @@ import jaxtyping
 import pytest
 
 PEERS = pathlib.Path(__file__).parent / "peers"
+# Every compiled program maps a few pieces of memory, and Linux gives a process 65,530 of them: one
+# that compiles thousands of programs dies of it, wherever it happens to compile the next.
+MAPS = pathlib.Path("/proc/self/maps")
+MANY_MAPS = 20_000
+_tests = itertools.count(1)
 # What the peers warn about in their own code is not ours to mend; our warnings stay errors.
 PEERS_WARNINGS = (
   r"ignore:::(accelerate|huggingface_hub|mergekit|peft|torch|transformers)(\.|$)",
@@ -43,6 +50,16 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture(autouse=True)
+def _few_programs():
+  """Lets go of compiled programs between two tests, once they are many; seldom looks."""
+  yield
+  if next(_tests) % 20 == 0 and MAPS.is_file():
+    if MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+      jax.clear_caches()
+      gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -241,8 +241,8 @@ EXTRA = (
   Row("merge.opcm", {"granularity": "tensor"}, {"lam": 0.0}, reduces=True),
 )
 
-# What `make test` runs of the suite; `make test-all` runs all of it. Rows named here hold every law
-# in both. The others share their lift with one of these and leave to the slow tests what compiles
+# What `make test` runs of the suite; `make test-all` runs all of it. Rows of FULL hold every law in
+# both. The others share their lift with one of these and leave to the slow tests what compiles
 # anew: other dtypes, shapes, meshes. What learns or searches leaves all but the laws in LIGHT.
 FULL = {
   "adapt.lora", "adapt.merge", "compress.prune.magnitude", "compress.prune.wanda",
@@ -261,10 +261,19 @@ LIGHT = {
   "test_the_neutral_setting_is_the_identity",
 }  # fmt: skip
 DEAR = {"test_compilations_do_not_grow_with_depth", "test_the_storage_dtype_is_kept"}
+# Whose programs take many seconds to compile leave these laws too.
+LARGE = {
+  "compress.quantize.gptq": {"test_compilations_do_not_grow_with_depth"},
+  "edit.rome": DEAR,
+  "merge.dam": {"test_eval_shape_agrees"},
+  "merge.sparse_model_soups": {"test_eval_shape_agrees"},
+}
 
 
 def slow(row: Row, law: str) -> bool:
   """Tell whether `make test` leaves a law out for a row."""
+  if law in LARGE.get(row.name, ()):
+    return True
   if row.name in LEARN:
     return law not in LIGHT
   return law in DEAR and (row.name not in FULL or row in EXTRA)

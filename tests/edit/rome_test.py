@@ -116,6 +116,7 @@ def test_the_search_stops_early_and_keeps_to_the_clamp(model):
   assert float(none.nll) == pytest.approx(float(none.start))
 
 
+@pytest.mark.slow
 def test_kl_on_the_essence_prompt_is_what_its_weight_buys(model):
   rows = tokens.statements([(WISH.prompt, WISH.new)])
   keep = tokens.statements([(WISH.essence[0], ())])

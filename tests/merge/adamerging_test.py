@@ -98,7 +98,14 @@ def test_the_gradient_is_the_difference_quotient():
     np.testing.assert_allclose(slope[name][index], quotient, rtol=0.05, atol=2e-3)
 
 
-@pytest.mark.parametrize("more", [{"granularity": "task"}, {"density": 0.4}, {"clamp": True}])
+@pytest.mark.parametrize(
+  "more",
+  [
+    {"granularity": "task"},
+    {"density": 0.4},
+    pytest.param({"clamp": True}, marks=pytest.mark.slow),
+  ],
+)
 def test_entropy_falls(more):
   done = drivers.run(adamerging.adamerging(steps=30, rate=0.02, **more), BASE, GIVEN)
   note = done.lineage[0].notes
@@ -138,6 +145,7 @@ def test_plus_plus_trims_over_the_model_and_elects():
     np.testing.assert_allclose(got, np.where(np.sign(t) == sign, t, 0), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_compressed_and_bfloat16_bases_and_split_segments():
   (quantize,) = registry.parse("compress.quantize.rtn(select='layers/1/.*', group_size=4)")
   mixed = quantize.apply(BASE, {}, jax.random.key(0))

@@ -44,7 +44,7 @@ def imitate(plan, coefficients, batch, key, parts):
 ADAM = optax.adam(0.05)
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("blocks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_planted_coefficients_are_recovered(blocks):
   base = near(BASE, 0, 0.5)  # whose activations are not small
   donors = needs.Aligned([near(base, 1), near(base, 2)])
@@ -82,7 +82,9 @@ def test_blocks_divide_every_tensor():
   assert (masks[0] != masks[1]).any()
 
 
-@pytest.mark.parametrize("more", [{}, {"objective": "entropy"}, {"blocks": 2}])
+@pytest.mark.parametrize(
+  "more", [{}, {"objective": "entropy"}, pytest.param({"blocks": 2}, marks=pytest.mark.slow)]
+)
 def test_the_loss_falls_and_the_file_does_it_again(tmp_path, more):
   done = drivers.run(atlas.atlas(steps=25, rate=0.05, **more), BASE, GIVEN)
   note = done.lineage[0].notes

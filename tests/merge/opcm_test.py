@@ -202,14 +202,18 @@ def test_host_memory_does_not_grow_with_donors():
     def leaf(self, address):
       return np.full((128, 96), self.seed, np.float32)
 
-  found = []
-  for count in (3, 3, 12):  # the first compiles
+  def peak(count):
     donors = [Host(i, []) for i in range(count)]
     tracemalloc.start()
     one.apply(base, {"donors": needs.Aligned(donors, lazy=True)}, KEY)
-    found.append(tracemalloc.get_traced_memory()[1])
+    found = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-  assert found[2] - found[1] < 3 * 128 * 96 * 4  # of nine donors more
+    return found
+
+  peak(3)  # compiles
+  # The runtime lets go of a host array some time after its program ended; on a busy machine late.
+  few, many = (min(peak(count) for _ in range(5)) for count in (3, 12))
+  assert many - few < 3 * 128 * 96 * 4  # of nine donors more
 
 
 def test_a_transformer_is_merged_by_the_drivers():

@@ -77,6 +77,7 @@ def test_with_every_pair_apart_it_is_the_ensemble(name):
   np.testing.assert_allclose(classify(uneven), want, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_the_nearer_to_the_ensemble_the_wider():
   spec = NETS["mlp"]
   a, b = (model(spec, draw(spec, s)) for s in (0, 1))
@@ -92,7 +93,10 @@ def test_the_nearer_to_the_ensemble_the_wider():
 
 
 @pytest.mark.parametrize("method", ["activation", "weight"])
-@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+  "ratio",
+  [pytest.param(0.0, marks=pytest.mark.slow), 0.5, pytest.param(1.0, marks=pytest.mark.slow)],
+)
 def test_a_permuted_twin_changes_nothing(method, ratio):
   spec = LLAMA
   flat = draw(spec)
@@ -107,6 +111,7 @@ def test_a_permuted_twin_changes_nothing(method, ratio):
   assert before < 1e-4 and after < 1e-4
 
 
+@pytest.mark.slow
 def test_an_image_twin_changes_nothing_in_a_vision_transformer():
   one = {**IMAGE, "num_layers": 1}
   spec = models.VisionSpec("vit", **one, num_heads=2, patch_size=2, norm="layer")

@@ -97,7 +97,7 @@ def test_ingredients_that_only_hurt_are_left_out():
     np.testing.assert_array_equal(done.leaf(a), BASE.leaf(a))
 
 
-@pytest.mark.parametrize("normalize", ["softmax", "none"])
+@pytest.mark.parametrize("normalize", ["softmax", pytest.param("none", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("granularity", ["task", "layer"])
 def test_learned_weights_lower_the_loss_of_the_uniform_soup(granularity, normalize):
   transform = soups.soup_learned(granularity=granularity, normalize=normalize, steps=30)

@@ -42,6 +42,7 @@ def test_a_genome_is_read_row_by_row():
   np.testing.assert_allclose(np.asarray(found["rest"]), want[:, 2], atol=1e-7)
 
 
+@pytest.mark.slow
 def test_changes_are_prepared_as_the_methods_say():
   _, parts = mixture.gather(BASE, needs.Aligned(DONORS), ".*", granularity="layer")
   found = unconstrained.prepared(

@@ -161,7 +161,9 @@ def test_the_patches_of_a_vit_are_squares():
   np.testing.assert_array_equal(found[0, 2].reshape(2, 2, 2), x[0, 2:, :2])
 
 
-@every
+@pytest.mark.parametrize(
+  "name", ["vit", *(pytest.param(n, marks=pytest.mark.slow) for n in SPECS if n != "vit")]
+)
 def test_drivers_and_methods_take_it(name):
   m = make(name)
   given = collect.Materials(batches=BATCHES)

@@ -150,6 +150,7 @@ def test_blockwise_embeds_with_the_changed_embeddings():
   assert record == then.lineage[-1]
 
 
+@pytest.mark.slow
 def test_blockwise_compiles_as_much_for_six_layers_as_for_three():
   sizes = []
   for layers in (3, 6):

@@ -53,7 +53,7 @@ np.testing.assert_array_equal(whole.codes, split.codes)
 """
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("kind", [pytest.param("Auto", marks=pytest.mark.slow), "Explicit"])
 def test_drivers_do_on_a_mesh_what_they_do_on_one_device(kind, eight_devices):
   command = [sys.executable, "-P", "-W", "error", "-c", SCRIPT, kind]
   done = subprocess.run(command, env=eight_devices, capture_output=True, text=True, check=False)

@@ -60,7 +60,7 @@ def test_learns_and_leaves_its_input_alone(model, tmp_path):
   assert list((tmp_path / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_accumulation_equals_the_big_batch(model, weighted):
   tokens = jnp.asarray(next(iter(stream(batch=6))))
   weights = jax.random.uniform(jax.random.key(3), (6, 6)) * (jnp.arange(6) > 1)[:, None]

@@ -110,7 +110,14 @@ def test_quantized_product_reads_packed_bytes_only(differentiate):
   assert analysis.temp_size_in_bytes < dense / 3
 
 
-@pytest.mark.parametrize("name", ["even", "remainder", "odd group", "small groups"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "even",
+    "odd group",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("remainder", "small groups")),
+  ],
+)
 @pytest.mark.parametrize("indexed", [False, True])
 def test_scan_over_stacked_layers(name, indexed):
   spec = arg_specs.TESTS[name]
