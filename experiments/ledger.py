@@ -17,7 +17,7 @@ MARKS = ("<!-- methods, written by make docs -->", "<!-- end of methods -->")
 
 HEAD = """# Methods
 
-Generated from `lib/registry.py` by `make docs`; do not edit.
+Generated from `lib/registry` by `make docs`; do not edit.
 
 *Verdict*: **reproduced** means that the paper's direction shows on a small real model, against the
 baseline it claims to beat, by the command in the last column. **exact only** means that the

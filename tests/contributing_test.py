@@ -15,10 +15,12 @@ import pytest
 from treesurgeon import registry
 from treesurgeon.compress import prune
 from treesurgeon.core import step
+from treesurgeon.registry import compress as family
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAME = "compress.prune.random"
 METHOD = "lib/compress/prune/random.py"
+ENTRY = "lib/registry/compress.py"
 ORACLE = "tests/compress/prune/random_test.py"
 CONTRACT = ROOT / "tests" / "contract_test.py"
 # A file's name on a line of its own, and what belongs into it.
@@ -45,7 +47,7 @@ def method(tmp_path_factory):
   """Adds the printed method to its package and the registry, as steps 1 to 3 do."""
   folder = tmp_path_factory.mktemp("method")
   (folder / "random.py").write_text(blocks()[METHOD])
-  ((name, entry),) = eval(f"{{{blocks()['lib/registry.py']}}}", vars(registry)).items()
+  ((name, entry),) = eval(f"{{{blocks()[ENTRY]}}}", vars(family)).items()
   assert name == NAME
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(prune, "__path__", [*prune.__path__, str(folder)])
@@ -67,7 +69,7 @@ def suite(method):
 
 
 def test_the_files_are_where_the_steps_say():
-  assert list(blocks()) == [METHOD, "lib/registry.py", "tests/contract_table.py", ORACLE]
+  assert list(blocks()) == [METHOD, ENTRY, "tests/contract_table.py", ORACLE]
   assert not (ROOT / METHOD).exists(), "the example is in the library now; print another"
 
 

@@ -2,12 +2,15 @@
 """The parser reads names and literals, nothing else, and every entry of the table is whole."""
 
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from treesurgeon import registry
 from treesurgeon.core import step
 from treesurgeon.models import hf
+from treesurgeon.registry import adapt, compress, edit, grow, merge
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -69,8 +72,22 @@ def test_entries_are_whole(name):
     assert entry.command, f"{name}: a verdict needs the command that shows it"
 
 
+@pytest.mark.parametrize("family", [adapt, compress, edit, grow, merge], ids=lambda m: m.__name__)
+def test_a_family_holds_its_own_methods(family):
+  word = family.__name__.rsplit(".", 1)[1]
+  assert list(family.TABLE) == [n for n in registry.TABLE if n.startswith(f"{word}.")]
+
+
 def test_the_table_is_sorted():
   assert list(registry.TABLE) == sorted(registry.TABLE)
+
+
+def test_reading_the_table_imports_no_method():
+  code = (
+    "import sys; from treesurgeon import registry; "
+    "sys.exit(any(e.factory.split(':')[0] in sys.modules for e in registry.TABLE.values()))"
+  )
+  assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
 
 def test_the_architectures_are_those_that_are_read():

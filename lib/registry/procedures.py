@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What works on models but is no transform."""
+
+from treesurgeon.registry import entries
+
+PROCEDURES: dict[str, entries.Procedure] = {
+  "evolutionary search of a merge": entries.Procedure(
+    "lib/run/evolve.py",
+    "Akiba et al., Evolutionary optimization of model merging recipes, 2024, arXiv 2403.13187",
+    "tests/run/evolve_test.py",
+    command="treesurgeon evolve --help",
+    note="CMA-ES over the numbers of any merge, by the package cmaes",
+  ),
+  "extraction of a LoRA": entries.Procedure(
+    "lib/adapt/extract.py",
+    "Goddard et al., Arcee's MergeKit, 2024, arXiv 2403.13257",
+    "tests/adapt/extract_test.py",
+    command="treesurgeon extract-lora --help",
+    note="equals mergekit 0.1.5's factors up to sign; tests/peers/mergekit_extras_test.py",
+  ),
+  "fusion of models with other vocabularies": entries.Procedure(
+    "lib/merge/fuse.py",
+    "Zhang et al., Unconstrained model merging, 2024, arXiv 2410.13699",
+    "tests/merge/fuse_test.py",
+    note="the heterogeneous half; the homogeneous one is merge.unconstrained",
+  ),
+  "linear mode connectivity": entries.Procedure(
+    "lib/evaluate/connectivity.py",
+    "Ito et al., Analysis of linear mode connectivity via permutation-based weight matching, "
+    "2024, arXiv 2402.04051",
+    "tests/evaluate/connectivity_test.py",
+    command=entries.CONNECTIVITY,
+    note="barrier, distance and alignment of singular vectors before and after matching",
+  ),
+  "merge benchmark": entries.Procedure(
+    "lib/evaluate/merge_bench.py",
+    "He et al., MergeBench, 2025, arXiv 2505.10833; Yadav et al., What matters for model merging "
+    "at scale?, 2024, arXiv 2410.03617",
+    "tests/evaluate/merge_bench_test.py",
+    command=entries.MERGE_BENCH,
+    note="results and what held of the expected orders: docs/merge_bench.md",
+  ),
+  "mixture of experts from dense models": entries.Procedure(
+    "lib/merge/moe.py",
+    "Goddard et al., Arcee's MergeKit, 2024, arXiv 2403.13257",
+    "tests/merge/moe_test.py",
+    command="treesurgeon moe --help",
+    note="Mixtral, Qwen2-MoE and Qwen3-MoE; tensors equal mergekit-moe's",
+  ),
+}
