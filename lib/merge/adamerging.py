@@ -28,7 +28,7 @@ import optax
 from treesurgeon import models as networks
 from treesurgeon.core import meshes, needs, paths, step
 from treesurgeon.core import model as model_lib
-from treesurgeon.merge import descend, mixture, ties, trim
+from treesurgeon.merge import descend, mixed_models, mixture, ties, trim
 
 
 def mean_entropy(
@@ -137,18 +137,18 @@ def adamerging(
 
   def apply(m: model_lib.Model, evidence: needs.Evidence, key: jax.Array) -> model_lib.Model:
     del key
-    plan, parts = mixture.gather(
+    plan, parts = mixed_models.gather(
       m, evidence["donors"], pattern, granularity=granularity, option=clamp
     )
     if density is not None:
       parts = agreeing(parts, density=density)
     found, losses = mixture.start(plan, len(parts.donors), init), np.zeros(0)
-    batches = mixture.abreast(evidence["batches"])
-    if steps and mixture.learnable(m, batches):
+    batches = mixed_models.abreast(evidence["batches"])
+    if steps and mixed_models.learnable(m, batches):
       found, losses = descend.minimize(
         mean_entropy, found, batches, parts, optimizer=_adam(rate), steps=steps, spec=plan
       )
-    return mixture.learned(m, plan, parts, clamped(plan, found), losses)
+    return mixed_models.learned(m, plan, parts, clamped(plan, found), losses)
 
   return over_model(apply, models, pattern, needs.Batches(of="donors"))
 

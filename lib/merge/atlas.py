@@ -33,7 +33,7 @@ import optax
 from treesurgeon import models as networks
 from treesurgeon.core import model as model_lib
 from treesurgeon.core import needs, step
-from treesurgeon.merge import adamerging, descend, mixture
+from treesurgeon.merge import adamerging, descend, mixed_models, mixture
 
 OBJECTIVES = ("nll", "entropy")
 
@@ -169,16 +169,16 @@ def atlas(
     how = {"granularity": granularity, "blocks": blocks, "option": objective}
     if held is not None:
       how |= {"granularity": "tensor", "blocks": held[1]}
-    plan, parts = mixture.gather(m, evidence["donors"], pattern, **how)
+    plan, parts = mixed_models.gather(m, evidence["donors"], pattern, **how)
     found, losses = mixture.start(plan, len(parts.donors), init), np.zeros(0)
     if held is not None:
       found = _fitted(plan, len(parts.donors), held[0])
-    elif steps and mixture.learnable(m, batches := list(evidence["batches"])):
+    elif steps and mixed_models.learnable(m, batches := list(evidence["batches"])):
       adamw = _optimizer(rate, decay, clip, steps)
       found, losses = descend.minimize(
         loss, found, batches, parts, optimizer=adamw, steps=steps, spec=plan
       )
-    return mixture.learned(m, plan, parts, found, losses)
+    return mixed_models.learned(m, plan, parts, found, losses)
 
   made = adamerging.over_model(apply, models, pattern, needs.Batches())
   if held is not None:

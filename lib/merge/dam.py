@@ -36,7 +36,7 @@ from jaxtyping import Array, Float
 from treesurgeon import models as networks
 from treesurgeon.core import model as model_lib
 from treesurgeon.core import needs, step
-from treesurgeon.merge import adamerging, descend, mixture, tuning
+from treesurgeon.merge import adamerging, descend, mixed_models, mixture, tuning
 
 PENALTIES = ("entropy", "consistency")
 
@@ -173,10 +173,10 @@ def dam(
   bounds = None if clip is None else (float(clip[0]), float(clip[1]))
 
   def apply(m: model_lib.Model, evidence: needs.Evidence, key: jax.Array) -> model_lib.Model:
-    plan, parts = mixture.gather(m, evidence["donors"], pattern, granularity=granularity)
+    plan, parts = mixed_models.gather(m, evidence["donors"], pattern, granularity=granularity)
     found, losses = mixture.start(plan, len(parts.donors), init), np.zeros(0)
-    batches = mixture.abreast(evidence["batches"])
-    learns = bool(steps or mask_steps) and mixture.learnable(m, batches)
+    batches = mixed_models.abreast(evidence["batches"])
+    learns = bool(steps or mask_steps) and mixed_models.learnable(m, batches)
     if mask_steps and learns:
       settings = (plan, penalty, bounds, mask_rate, noise_rate)
       numbers = Numbers(*map(jnp.float32, (temperature, inner, strength)))
@@ -191,7 +191,7 @@ def dam(
         adamerging.mean_entropy, found, batches, parts,
         optimizer=tuning.adam(rate), steps=steps, spec=plan,
       )  # fmt: skip
-    return mixture.learned(m, plan, parts, found, losses)
+    return mixed_models.learned(m, plan, parts, found, losses)
 
   return adamerging.over_model(apply, models, pattern, needs.Batches(of="donors"))
 

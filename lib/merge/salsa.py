@@ -25,7 +25,7 @@ import optax
 
 from treesurgeon.core import model as model_lib
 from treesurgeon.core import needs, step
-from treesurgeon.merge import adamerging, descend, mixture
+from treesurgeon.merge import adamerging, descend, mixed_models, mixture
 from treesurgeon.models import preferences
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -133,11 +133,11 @@ def salsa(
 
   def apply(m: model_lib.Model, evidence: needs.Evidence, key: jax.Array) -> model_lib.Model:
     del key
-    plan, parts = mixture.gather(m, evidence["donors"], pattern, granularity="task")
+    plan, parts = mixed_models.gather(m, evidence["donors"], pattern, granularity="task")
     batches = list(evidence["batches"])
     for batch in batches:
       preferences.check(batch)
-    if not steps or not mixture.learnable(m, batches):
+    if not steps or not mixed_models.learnable(m, batches):
       return m
     shares = mixture.start(plan, len(parts.donors), alpha / len(parts.donors))
     batches = [reference(plan, parts, shares, dict(b)) for b in batches]
@@ -146,7 +146,7 @@ def salsa(
       preference_loss, masters, batches, parts.base, parts.rest, jnp.float32(beta),
       optimizer=_optimizer(optimizer, rate, decay, steps), steps=steps, spec=plan,
     )  # fmt: skip
-    new = mixture.put(
+    new = mixed_models.put(
       m, plan, mixture.Parts(parts.base, (tuned,), parts.rest), np.ones(1, np.float32)
     )
     if not losses.size:

@@ -26,7 +26,7 @@ import optax
 from treesurgeon import models as networks
 from treesurgeon.core import model as model_lib
 from treesurgeon.core import needs, step
-from treesurgeon.merge import adamerging, descend, mixture
+from treesurgeon.merge import adamerging, descend, mixed_models, mixture
 
 NORMALIZATIONS = ("softmax", "none")
 
@@ -122,11 +122,11 @@ def soup_greedy(
 
   def apply(m: model_lib.Model, evidence: needs.Evidence, key: jax.Array) -> model_lib.Model:
     del key
-    plan, parts = mixture.gather(m, evidence["donors"], pattern, granularity="task")
+    plan, parts = mixed_models.gather(m, evidence["donors"], pattern, granularity="task")
     count = len(parts.donors) + 1
     batches = list(evidence["batches"])
-    if not mixture.learnable(m, batches):
-      return mixture.put(m, plan, parts, jnp.zeros(count - 1))
+    if not mixed_models.learnable(m, batches):
+      return mixed_models.put(m, plan, parts, jnp.zeros(count - 1))
 
     def loss(weights: jax.Array) -> jax.Array:
       total = jnp.zeros(2)
@@ -137,7 +137,7 @@ def soup_greedy(
     eye = jnp.eye(count, dtype=jnp.float32)
     alone = jnp.stack([loss(eye[i]) for i in range(count)])
     weights, best = greedy(alone, loss)
-    new = mixture.put(m, plan, parts, lam * weights[1:])
+    new = mixed_models.put(m, plan, parts, lam * weights[1:])
     if isinstance(best, jax.core.Tracer):
       return new
     note = {"weights": weights.tolist(), "losses": alone.tolist(), "loss": float(best)}
@@ -190,19 +190,19 @@ def soup_learned(
 
   def apply(m: model_lib.Model, evidence: needs.Evidence, key: jax.Array) -> model_lib.Model:
     del key
-    plan, parts = mixture.gather(
+    plan, parts = mixed_models.gather(
       m, evidence["donors"], pattern, granularity=granularity, option=normalize
     )
     count = len(parts.donors) + 1
     found = mixture.start(plan, count, 0.0 if normalize == "softmax" else 1.0 / count)
     losses = np.zeros(0)
     batches = list(evidence["batches"])
-    if steps and mixture.learnable(m, batches):
+    if steps and mixed_models.learnable(m, batches):
       found, losses = descend.minimize(
         mixed_nll, found, batches, parts, optimizer=_adamw(rate, decay), steps=steps, spec=plan
       )
     shares = jax.tree.map(lambda c: lam * c, of_donors(plan, found))
-    return mixture.learned(m, plan, parts, shares, losses)
+    return mixed_models.learned(m, plan, parts, shares, losses)
 
   return adamerging.over_model(apply, models, pattern, needs.Batches())
 

@@ -26,7 +26,7 @@ import numpy as np
 from treesurgeon import models as networks
 from treesurgeon.core import model as model_lib
 from treesurgeon.core import needs, step
-from treesurgeon.merge import adamerging, mixture, search
+from treesurgeon.merge import adamerging, mixed_models, mixture, search
 
 METHODS = ("task_arithmetic", "ties", "dare")
 
@@ -136,14 +136,14 @@ def unconstrained(
   pattern = select or ".*"
 
   def apply(m: model_lib.Model, evidence: needs.Evidence, key: jax.Array) -> model_lib.Model:
-    plan, parts = mixture.gather(m, evidence["donors"], pattern, granularity="layer")
+    plan, parts = mixed_models.gather(m, evidence["donors"], pattern, granularity="layer")
     size = {"methods": len(methods), "donors": len(parts.donors), "layers": plan.layers}
     parts = prepared(parts, key, methods=methods, density=density)
     row = [init] * size["donors"] + [1.0] + [0.0] * (len(methods) - 1)
     start, best = np.tile(row, plan.layers + 1), None
     batches = list(evidence["batches"])
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((m.params, parts.base)))
-    if mixture.learnable(m, batches) and not traced:
+    if mixed_models.learnable(m, batches) and not traced:
       shape = [low] * size["donors"] + [0.0] * len(methods)
       most = [high] * size["donors"] + [1.0] * len(methods)
       found = search.minimize(
@@ -156,7 +156,7 @@ def unconstrained(
         sigma=sigma,
       )
       start, best = found.x, found
-    new = mixture.put(m, plan, parts, recipe(start, **size))
+    new = mixed_models.put(m, plan, parts, recipe(start, **size))
     if best is None:
       return new
     rows = start.reshape(plan.layers + 1, -1)

@@ -8,7 +8,7 @@ import pytest
 
 from treesurgeon import models, registry
 from treesurgeon.core import model, needs, paths
-from treesurgeon.merge import adamerging, mixture, task_arithmetic
+from treesurgeon.merge import adamerging, mixed_models, mixture, task_arithmetic
 from treesurgeon.run import collect, drivers
 
 SPEC = models.Spec(vocab_size=11, d_model=8, num_layers=2, num_heads=2, d_ff=12, max_positions=8)
@@ -31,7 +31,7 @@ GIVEN = collect.Materials(donors=DONORS, donor_batches=OWN)
 
 
 def gathered(granularity, pattern=EVERY, **more):
-  return mixture.gather(
+  return mixed_models.gather(
     BASE, needs.Aligned(DONORS), pattern, granularity=granularity, **more
   )  # fmt: skip
 
@@ -52,12 +52,12 @@ def test_the_merge_is_what_the_coefficients_say(granularity, lazy):
   donors = {a: tuple(d.leaf(a) for d in DONORS) for a in BASE.addresses()}
   view = donors if lazy else needs.Aligned(DONORS)
   pattern = "(layers/1/.*|final_norm/.*|layers/0/attn.*)"
-  plan, parts = mixture.gather(BASE, view, pattern, granularity=granularity)
+  plan, parts = mixed_models.gather(BASE, view, pattern, granularity=granularity)
   blank = mixture.start(plan, 2, 0.0)
   rng = np.random.default_rng(0)
   c = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), blank)
-  done = mixture.put(BASE, plan, parts, c)
-  listed = mixture.by_address(plan, c)
+  done = mixed_models.put(BASE, plan, parts, c)
+  listed = mixed_models.by_address(plan, c)
   assert set(listed) == {a for a in BASE.addresses() if a.split("/")[0] != "embed"
                          and "lm_head" not in a and "layers/0/mlp" not in a}  # fmt: skip
   for a, want in by_hand(listed).items():
@@ -74,7 +74,7 @@ def test_the_merge_is_what_the_coefficients_say(granularity, lazy):
 
 def test_equal_coefficients_are_task_arithmetic():
   plan, parts = gathered("tensor")
-  done = mixture.put(BASE, plan, parts, mixture.start(plan, 2, 0.3))
+  done = mixed_models.put(BASE, plan, parts, mixture.start(plan, 2, 0.3))
   (one,) = task_arithmetic.task_arithmetic(lam=0.3)
   want = one.apply(BASE, {"donors": needs.Aligned(DONORS)}, jax.random.key(0))
   for a in BASE.addresses():

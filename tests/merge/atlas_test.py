@@ -11,7 +11,7 @@ import pytest
 
 from treesurgeon import models, registry
 from treesurgeon.core import model, needs
-from treesurgeon.merge import atlas, descend, mixture
+from treesurgeon.merge import atlas, descend, mixed_models, mixture
 from treesurgeon.run import collect, drivers
 
 SPEC = models.Spec(vocab_size=11, d_model=8, num_layers=2, num_heads=2, d_ff=12, max_positions=8)
@@ -48,7 +48,7 @@ ADAM = optax.adam(0.05)
 def test_planted_coefficients_are_recovered(blocks):
   base = near(BASE, 0, 0.5)  # whose activations are not small
   donors = needs.Aligned([near(base, 1), near(base, 2)])
-  plan, parts = mixture.gather(base, donors, OUTPUTS, granularity="tensor", blocks=blocks)
+  plan, parts = mixed_models.gather(base, donors, OUTPUTS, granularity="tensor", blocks=blocks)
   rng = np.random.default_rng(3)
   blank = mixture.start(plan, 2, 0.0)
   planted = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.2, 1, x.shape), jnp.float32), blank)
@@ -65,16 +65,18 @@ def test_planted_coefficients_are_recovered(blocks):
 
 
 def test_blocks_divide_every_tensor():
-  plan, parts = mixture.gather(BASE, needs.Aligned(DONORS), ".*", granularity="tensor", blocks=3)
+  plan, parts = mixed_models.gather(
+    BASE, needs.Aligned(DONORS), ".*", granularity="tensor", blocks=3
+  )
   ones = mixture.start(plan, 2, 1.0)
-  done = mixture.put(BASE, plan, parts, ones)
-  whole = mixture.gather(BASE, needs.Aligned(DONORS), ".*", granularity="tensor")
-  want = mixture.put(BASE, *whole, mixture.start(whole[0], 2, 1.0))
+  done = mixed_models.put(BASE, plan, parts, ones)
+  whole = mixed_models.gather(BASE, needs.Aligned(DONORS), ".*", granularity="tensor")
+  want = mixed_models.put(BASE, *whole, mixture.start(whole[0], 2, 1.0))
   for a in BASE.addresses():
     np.testing.assert_allclose(done.leaf(a), want.leaf(a), atol=1e-6)
   # One block alone moves about a third of the entries, others in each layer.
   one = jax.tree.map(lambda x: x.at[..., 1:].set(0.0), ones)
-  moved = mixture.put(BASE, plan, parts, one)
+  moved = mixed_models.put(BASE, plan, parts, one)
   masks = [
     np.asarray(moved.leaf(a) != BASE.leaf(a)) for a in (f"layers/{i}/mlp/up/kernel" for i in (0, 1))
   ]

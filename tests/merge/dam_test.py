@@ -7,7 +7,7 @@ import pytest
 from treesurgeon import models, registry
 from treesurgeon.core import model, needs
 from treesurgeon.evaluate import backdoor, classification
-from treesurgeon.merge import dam, mixture
+from treesurgeon.merge import dam, mixed_models, mixture
 
 SPEC = models.VisionSpec("mlp", image_size=2, num_classes=3, d_model=6, num_layers=2)
 RNG = np.random.default_rng(0)
@@ -58,7 +58,7 @@ def test_without_masks_it_is_adamerging():
 
 
 def test_a_mask_of_even_odds_changes_nothing():
-  plan, parts = mixture.gather(BASE, needs.Aligned(DONORS), ".*", granularity="task")
+  plan, parts = mixed_models.gather(BASE, needs.Aligned(DONORS), ".*", granularity="task")
   zeros = {n: jnp.zeros(w.shape) for n, w in parts.base.items()}
   for masks in (1, 2):
     mask = dam._sample(plan, (zeros,) * masks, None, jnp.float32(0.5))
@@ -69,7 +69,7 @@ def test_a_mask_of_even_odds_changes_nothing():
 
 
 def test_the_masks_move_in_turn_and_the_noise_always():
-  plan, parts = mixture.gather(BASE, needs.Aligned(DONORS), ".*", granularity="tensor")
+  plan, parts = mixed_models.gather(BASE, needs.Aligned(DONORS), ".*", granularity="tensor")
   settings = (plan, "entropy", (0.0, 1.0), 0.1, 0.01)
   numbers = dam.Numbers(*map(jnp.float32, (0.5, 1.0, 0.1)))
   found = mixture.start(plan, 2, 0.3)
@@ -120,8 +120,8 @@ def test_tokens_are_disturbed_in_their_embeddings():
   out = one.apply(a, {"donors": needs.Aligned([b]), "batches": ([tokens],)}, KEY)
   assert out.spec == spec
   noise = dam._begin(
-    (mixture.gather(a, needs.Aligned([b]), ".*", granularity="task")[0], "", None, 0.1, 0.1),
-    mixture.gather(a, needs.Aligned([b]), ".*", granularity="task")[1],
+    (mixed_models.gather(a, needs.Aligned([b]), ".*", granularity="task")[0], "", None, 0.1, 0.1),
+    mixed_models.gather(a, needs.Aligned([b]), ".*", granularity="task")[1],
     dam._together((tokens,)),
     1,
   ).noise

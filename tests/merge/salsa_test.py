@@ -8,7 +8,7 @@ import pytest
 
 from treesurgeon import models
 from treesurgeon.core import model
-from treesurgeon.merge import mixture
+from treesurgeon.merge import mixed_models
 from treesurgeon.merge import salsa as salsa_lib
 from treesurgeon.run import collect, drivers, dry
 from treesurgeon.train import loop, preferences
@@ -104,7 +104,7 @@ def test_only_the_selected_leaves_train_and_differ_in_the_reference():
   moved = [a for a in BASE.addresses() if (done.leaf(a) != BASE.leaf(a)).any()]
   assert moved and all(a.startswith("layers/1/mlp/") for a in moved)
   donors = {a: tuple(d.leaf(a) for d in DONORS) for a in BASE.addresses()}
-  plan, parts = mixture.gather(BASE, donors, select, granularity="task")
+  plan, parts = mixed_models.gather(BASE, donors, select, granularity="task")
   told = salsa_lib.reference(plan, parts, jnp.full(2, 0.25), PAIRS)
   mixed = {
     a: 0.5 * BASE.leaf(a) + 0.25 * donors[a][0] + 0.25 * donors[a][1]

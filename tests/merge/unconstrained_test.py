@@ -8,7 +8,7 @@ import pytest
 
 from treesurgeon import models, registry
 from treesurgeon.core import model, needs
-from treesurgeon.merge import mixture, task_arithmetic, unconstrained
+from treesurgeon.merge import mixed_models, task_arithmetic, unconstrained
 from treesurgeon.run import collect, drivers
 
 SPEC = models.Spec(vocab_size=11, d_model=8, num_layers=2, num_heads=2, d_ff=12, max_positions=8)
@@ -44,7 +44,7 @@ def test_a_genome_is_read_row_by_row():
 
 @pytest.mark.slow
 def test_changes_are_prepared_as_the_methods_say():
-  _, parts = mixture.gather(BASE, needs.Aligned(DONORS), ".*", granularity="layer")
+  _, parts = mixed_models.gather(BASE, needs.Aligned(DONORS), ".*", granularity="layer")
   found = unconstrained.prepared(
     parts, jax.random.key(0), methods=unconstrained.METHODS, density=0.25
   )
