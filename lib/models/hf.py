@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from treesurgeon.models import hf_names, network, shapes, vision_spec
+from treesurgeon.models import hf_names, shapes, vision_shapes, vision_spec
 from treesurgeon.models import spec as specs
 from treesurgeon.models.hf_config import from_config as from_config
 from treesurgeon.models.hf_config import to_config as to_config
@@ -61,7 +61,7 @@ def entries(spec: vision_spec.AnySpec, names: Collection[str] | None = None) -> 
   if names is not None:
     spec = refine(spec, names)
   if isinstance(spec, vision_spec.VisionSpec) or spec.family == "treesurgeon":
-    return tuple(Entry(a.replace("/", "."), (a,), "copy") for a in network.addresses(spec))
+    return tuple(Entry(a.replace("/", "."), (a,), "copy") for a in _addresses(spec))
   family = _family(spec)
   prefix = family.prefixes[0] if spec.name_prefix is None else spec.name_prefix
   found = list(_rows(spec, family, prefix))
@@ -122,7 +122,7 @@ def address_shape(spec: vision_spec.AnySpec, address: str) -> tuple[int, ...]:
   Raises:
     ValueError: if the architecture has no such leaf.
   """
-  table = network.addresses(spec)
+  table = _addresses(spec)
   if address not in table:
     raise ValueError(f"{address!r} is not a leaf of this {spec.family} model")
   return table[address]
@@ -233,6 +233,12 @@ def _rows(spec: specs.Spec, family: hf_names.Family, prefix: str) -> Iterator[En
         present = [a in table for a in entry.address]
         if all(present):
           yield entry
+
+
+def _addresses(spec: vision_spec.AnySpec) -> dict[str, tuple[int, ...]]:
+  """Return every leaf's shape without importing the networks, as `network.addresses` would."""
+  vision = isinstance(spec, vision_spec.VisionSpec)
+  return vision_shapes.addresses(spec) if vision else shapes.addresses(spec)
 
 
 def _expand(row: tuple[str, str, str], prefix: str, layer: int | None) -> Iterator[Entry]:
