@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from treesurgeon.core import lineage, paths
-from treesurgeon.io import blocks, packed, safetensors
+from treesurgeon.io import blocks, digests, packed, safetensors
 from treesurgeon.models import hf
 
 CONFIG, LINEAGE = "config.json", "lineage.json"
@@ -249,7 +249,7 @@ def hash_files(files: list[Path]) -> dict[str, str]:
     {}
   """
   with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-    return {f.name: d for f, d in zip(files, pool.map(lineage.digest, files), strict=True)}
+    return {f.name: d for f, d in zip(files, pool.map(digests.digest, files), strict=True)}
 
 
 def _raw(array: np.ndarray) -> np.ndarray:

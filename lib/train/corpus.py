@@ -23,7 +23,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from treesurgeon.train import cache, source
+from treesurgeon.io import cache
+from treesurgeon.train import source
 
 DOMAINS = ("code", "prose")
 SPLITS = ("train", "validation")

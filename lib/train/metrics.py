@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import tensorboardX
 
-from treesurgeon.train import cache
+from treesurgeon.io import cache
 
 FILE = "metrics.jsonl"
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import tokenizers
 
-from treesurgeon.train import cache, corpus
+from treesurgeon.io import cache
+from treesurgeon.train import corpus
 
 EOS = "<|endoftext|>"
 MASK = "<|mask|>"

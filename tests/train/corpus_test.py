@@ -7,7 +7,8 @@ import zlib
 
 import pytest
 
-from treesurgeon.train import cache, corpus, source
+from treesurgeon.io import cache
+from treesurgeon.train import corpus, source
 
 MODULE = '''# A header comment that is long enough to count as English prose,
 # on two lines.
