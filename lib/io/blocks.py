@@ -85,10 +85,16 @@ def finite(array: np.ndarray) -> bool:
   dtype = array.dtype
   flat = (array.T if array.flags.f_contiguous else array).reshape(-1)
   if dtype in _EXPONENT:
-    mask = flat.view(_BITS[dtype.itemsize]).dtype.type(_EXPONENT[dtype])
-    words = flat.view(mask.dtype)
-    pieces = (words[i : i + _CHUNK] for i in range(0, words.size, _CHUNK))
-    return all(bool((p & mask).max() != mask) for p in pieces)
+    # NaN and Inf of either sign are the largest words: as signed integers the positive ones, as
+    # unsigned the negative ones. Two maxima of a piece in the cache need no array between.
+    words = flat.view(_BITS[dtype.itemsize])
+    worst = _EXPONENT[dtype]
+    negative = worst + (1 << (8 * dtype.itemsize - 1))
+    signed = words.view(f"i{dtype.itemsize}")
+    return all(
+      signed[i : i + _CHUNK].max() < worst and words[i : i + _CHUNK].max() < negative
+      for i in range(0, words.size, _CHUNK)
+    )
   if dtype.kind == "c" or dtype.name.startswith("float"):
     pieces = (flat[i : i + _CHUNK] for i in range(0, flat.size, _CHUNK))
     wide = np.complex64 if dtype.kind == "c" else np.float32
