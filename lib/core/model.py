@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
-from treesurgeon.core import leaves, paths
+from treesurgeon.core import leaves, paths, pieces
 from treesurgeon.core import lineage as lineage_lib
 
 
@@ -60,13 +61,20 @@ class Model:
     return sum(x.size for x in paths.walk(self.params).values())
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Part(Model):
   """Hold some of a model's leaves by address, as drivers hand them to a step.
 
   `params` is a flat mapping from address to leaf, so that a driver can pass one leaf or one block
   without stacking and unstacking it. A part never holds some but not all addresses of one of the
   step's units.
+
+  Attributes:
+    late: whether what is changed may be left to be computed when it is written: `params` then may
+      hold `core.pieces.Pieces`, which `leaf` puts together.
   """
+
+  late: bool = False
 
   def addresses(self) -> list[str]:
     """List the addresses held."""
@@ -76,7 +84,8 @@ class Part(Model):
     """Fetch one leaf by address."""
     if address not in self.params:
       raise ValueError(f"{address} is not in this part of the model: {', '.join(self.params)}")
-    return self.params[address]
+    found = self.params[address]
+    return np.asarray(found) if isinstance(found, pieces.Pieces) else found
 
   def struct(self, address: str) -> Any:
     """Describe one leaf's shapes and dtypes."""

@@ -261,7 +261,8 @@ def over_leaves(
         changes[address] = call(w, given)
       else:
         more = split(w, others, where, **static) if callable(split) else None
-        changes[address] = pieces.through(call, w, given, donors, where, more)
+        made = pieces.through(call, w, given, donors, where, more)
+        changes[address] = made if getattr(m, "late", False) else np.asarray(made)
     return m.update(changes)
 
   def units(names: Sequence[str]) -> Units:

@@ -263,6 +263,7 @@ class Sink:
       self._writer.abort()
 
   _closed = False
+  pieces = True  # are written as they are computed
 
   def done(self, address: str) -> bool:
     """Tell whether a killed run of the same job has finished this tensor."""

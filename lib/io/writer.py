@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from treesurgeon.core import pieces
 from treesurgeon.io import blocks, header, safetensors, staging
 
 MAX_SHARD_BYTES = int(5e9)
@@ -95,7 +96,7 @@ class Writer:
 
     Args:
       name: tensor name.
-      array: numpy or jax array.
+      array: numpy or jax array, or `core.pieces.Pieces`, which need not be in memory as a whole.
 
     Raises:
       ValueError: for a name written twice, or a dtype that the format lacks.
@@ -105,7 +106,7 @@ class Writer:
       return
     if name in self._open:
       raise ValueError(f"tensor {name!r} is written twice to {self.stage.directory}")
-    array = np.asarray(array)
+    array = array if isinstance(array, pieces.Pieces) else np.asarray(array)
     dtype = header.check_dtype(name, array.dtype)
     info = header.Info(dtype, array.shape, self._at, self._at + array.nbytes)
     need = len(json.dumps({name: header.entry(info)})) + 32
@@ -115,9 +116,10 @@ class Writer:
         info = info._replace(start=0, stop=array.nbytes)
       if not self._open:
         self._begin(need)
-      for piece in _pieces(array):
-        while piece:
-          piece = piece[os.write(self._fd, piece) :]
+      for part in array if isinstance(array, pieces.Pieces) else (array,):
+        for piece in _pieces(part):
+          while piece:
+            piece = piece[os.write(self._fd, piece) :]
     self._open[name] = info
     self._at, self._room = info.stop, self._room - need
 

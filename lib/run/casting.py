@@ -52,6 +52,7 @@ class CastSink:
 
   def __init__(self, sink: drivers.Sink, dtype: str | None):
     self._sink, self._dtype = sink, dtype
+    self.pieces = getattr(sink, "pieces", False)
 
   def done(self, address: str) -> bool:
     """Tell whether the leaf has been written already."""

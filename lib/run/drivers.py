@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treesurgeon.core import lineage, meshes, needs, paths, step
+from treesurgeon.core import lineage, meshes, needs, paths, pieces, step
 from treesurgeon.core import model as model_lib
 from treesurgeon.io import blocks
 from treesurgeon.run import blockwise, collect, pipeline, progress
@@ -25,7 +25,11 @@ from treesurgeon.run import blockwise, collect, pipeline, progress
 
 @runtime_checkable
 class Sink(Protocol):
-  """Where `stream` puts finished leaves."""
+  """Where `stream` puts finished leaves.
+
+  One that goes through `core.pieces.Pieces` as it writes says so by an attribute `pieces = True`;
+  others are given arrays.
+  """
 
   def done(self, address: str) -> bool:
     """Tell whether an earlier, interrupted run has written this leaf already."""
@@ -147,7 +151,7 @@ def stream(
   def read(group: tuple[str, ...]) -> tuple[model_lib.Part, list[needs.Evidence]] | None:
     if all(sink.done(a) for a in group):
       return None
-    part = model_lib.Part(source.spec, {a: source.leaf(a) for a in group})
+    part = model_lib.Part(source.spec, {a: source.leaf(a) for a in group}, late=late)
     # What is read from files comes as host arrays, and the readers refuse NaN.
     held = [(a, x) for a, x in part.params.items() if not isinstance(x, np.ndarray)]
     check_finite(held, "in the base model")
@@ -159,8 +163,12 @@ def stream(
 
   def write(group: tuple[str, ...], part: model_lib.Part) -> None:
     for address in group:
-      sink.write(address, part.leaf(address))
+      leaf = part.params[address]
+      if isinstance(leaf, pieces.Pieces):
+        leaf = leaf.watched(functools.partial(_check_piece, address, leaf, after[-1]))
+      sink.write(address, leaf)
 
+  late = getattr(sink, "pieces", False)
   changed = [{a for unit in one.units(names) for a in unit} for one in transform]
   keys = [_key(seed, i) for i in range(len(transform))]
   after = [f"after {one!r}" for one in transform]  # long where arguments vary over the model
@@ -337,12 +345,29 @@ def _leaves(model: model_lib.Model) -> Iterable[tuple[str, Any]]:
 
 
 def _key(seed: int, index: int) -> jax.Array:
+  return _folded(np.uint32(seed & 0xFFFFFFFF), index)  # what `jax.random.key` sees of it too
+
+
+@jax.jit  # one program, where the parts of it would be several
+def _folded(seed: jax.typing.ArrayLike, index: jax.typing.ArrayLike) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), index)
 
 
+def _check_piece(address: str, whole: pieces.Pieces, where: str, piece: np.ndarray) -> None:
+  if not blocks.finite(piece):
+    check_finite([(address, np.asarray(whole))], where)
+
+
 def _finite(x: Any) -> Any:
-  """Look at a host array where it lies; an array on devices is checked there, asynchronously."""
-  return blocks.finite(x) if isinstance(x, np.ndarray) else _finite_there(x)
+  """Look at what host memory holds where it lies; on devices, check there and do not wait."""
+  if isinstance(x, pieces.Pieces):
+    return True  # each piece is looked at when it is computed
+  if isinstance(x, np.ndarray):
+    return blocks.finite(x)
+  near = isinstance(x, jax.Array) and x.is_fully_addressable
+  if near and [d.platform for d in x.devices()] == ["cpu"]:
+    return blocks.finite(np.asarray(x))
+  return _finite_there(x)
 
 
 @jax.jit
