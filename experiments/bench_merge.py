@@ -6,8 +6,10 @@ python -P -m treesurgeon.experiments.bench_merge --scratch=DIR [--mergekit=PATH/
 A base and three experts, Llama-shaped (width 1024, 24 layers, vocabulary 32,000) in bfloat16, are
 made once. Every command is a process of its own; user plus system time is the kernel's account,
 and anonymous and file-backed memory are sampled apart, for pages of mapped inputs can be taken back
-at any time. `cp` copies one checkpoint with a warm cache. `--sparse=30` merges linearly three
-checkpoints of so many billion parameters that are mostly holes, and digs holes into the output.
+at any time. `cp` copies one checkpoint with a warm cache. "first" is a merge of files never seen,
+which are hashed for the lineage; their hashes are remembered. `--donors=2,4,8` merges so many.
+`--sparse=30` merges linearly three checkpoints of so many billion parameters that are mostly holes,
+and digs holes into the output.
 """
 
 import json
@@ -174,6 +176,7 @@ def main(argv: list[str]) -> None:
   else:
     make(folder)
     rows += _dense(folder, values.mergekit, values.methods, values.repeats)
+    rows += _scaling(folder, values.donors, values.repeats)
   out = table.Table(box=None)
   columns = ("what", "wall", "cpu", "anonymous", "file", "peak")
   units = ("", " s", " s", " MB", " MB", " MB")
@@ -198,19 +201,47 @@ def _dense(
     config = _config(folder, method)
     ours = [_program(), "merge", str(config)]
     ours.append(f"--out={folder / 'out'}")
-    rows.append(_best(f"{method}, treesurgeon", ours, folder, repeats))
+    with tempfile.TemporaryDirectory() as cache:
+      env = {"XDG_CACHE_HOME": cache}
+      rows.append(_best(f"{method}, treesurgeon, first", ours, folder, 1, env))
+      rows.append(_best(f"{method}, treesurgeon", ours, folder, repeats, env))
     if mergekit:
       theirs = [mergekit, str(config), str(folder / "out"), "--out-shard-size", "200M"]
       rows.append(_best(f"{method}, mergekit", theirs, folder, 1))
   return rows
 
 
-def _best(what: str, command: Sequence[str], folder: pathlib.Path, repeats: int) -> dict[str, Any]:
+def _scaling(folder: pathlib.Path, counts: Sequence[str], repeats: int) -> list[dict[str, Any]]:
+  """Average 2, 4, 8 models: the experts under as many names as it takes."""
+  rows = []
+  for count in map(int, counts):
+    models = []
+    for i in range(count):
+      link = folder / f"donor{i}"
+      if not link.exists():
+        link.symlink_to(folder / NAMES[1 + i % 3], target_is_directory=True)
+      models.append({"model": str(link), "parameters": {"weight": 1.0}})
+    path = folder / f"linear_{count}.yml"
+    path.write_text(
+      yaml.safe_dump({"merge_method": "linear", "models": models, "dtype": "bfloat16"})
+    )
+    command = [_program(), "merge", str(path), f"--out={folder / 'out'}"]
+    rows.append(_best(f"linear, {count} donors", command, folder, repeats))
+  return rows
+
+
+def _best(
+  what: str,
+  command: Sequence[str],
+  folder: pathlib.Path,
+  repeats: int,
+  env: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
   """Take the run with the least processor time; the output is removed each time."""
   found = []
   for _ in range(repeats):
     shutil.rmtree(folder / "out", ignore_errors=True)
-    found.append(measure(command))
+    found.append(measure(command, env=env))
     shutil.rmtree(folder / "out", ignore_errors=True)
   best = min(found, key=lambda r: r["cpu"])
   print(f"{what}: {best}", flush=True)
@@ -264,10 +295,12 @@ def _ratios(rows: Mapping[str, Mapping[str, Any]]) -> None:
     ours = rows.get(f"{method}, treesurgeon")
     theirs = rows.get(f"{method}, mergekit")
     if ours and theirs:
-      times = theirs["cpu"] / ours["cpu"], theirs["wall"] / ours["wall"]
+      first = rows[f"{method}, treesurgeon, first"]
+      times = [theirs[k] / r[k] for k in ("cpu", "wall") for r in (ours, first)]
       print(
-        f"{method}: {times[0]:.1f}x less CPU time than mergekit (target {target}), "
-        f"{times[1]:.1f}x less wall time; anonymous memory {ours['anonymous']:.0f} MB (target 500)"
+        f"{method}: {times[0]:.1f}x less CPU time than mergekit (target {target}), {times[1]:.1f}x "
+        f"the first time; {times[2]:.1f}x and {times[3]:.1f}x less wall time; anonymous memory "
+        f"{ours['anonymous']:.0f} MB (target 500)"
       )
     if ours and "cp" in rows:
       print(f"{method}: {ours['wall'] / rows['cp']['wall']:.1f}x the time of cp")
@@ -311,6 +344,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("scratch", None, "Where to keep the checkpoints; default: a new folder.")
   flags.DEFINE_string("mergekit", None, "Path of mergekit-yaml, in an environment of its own.")
   flags.DEFINE_list("methods", ["linear", "ties"], "Which merges.")
+  flags.DEFINE_list("donors", [], "Numbers of models to average.")
   flags.DEFINE_integer("repeats", 3, "Runs of each command but mergekit's.", 1)
   flags.DEFINE_float("sparse", 0, "Billions of parameters of a sparse merge instead.")
   flags.DEFINE_string("json", None, "Where to write the figures.")

@@ -194,16 +194,22 @@ def _rows(group: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     rows.append(
       [n, f"{normalised[n]:.3f} [{s['low']:.3f}, {s['high']:.3f}]", f"{worst[n]:.3f}",
        f"{rank[n]:.1f}", "/".join(str(o[n]) for o in orders), f"{behind} of {len(group)}",
-       f"{held[n]:.3f}", loss, chosen.strip(", "), f"{seconds[n]:.2f}", f"{memory[n]:.0f}"]
+       _number(held[n]), loss, chosen.strip(", "), f"{seconds[n]:.2f}", f"{memory[n]:.0f}"]
     )  # fmt: skip
   base = [
     float(np.mean([r["base_scores"][t] / r["expert_scores"][t] for t in r["tasks"]])) for r in group
   ]
-  kept = float(np.mean([np.mean([r["base_scores"][t] for t in r["held_out"]]) for r in group]))
+  scores = [r["base_scores"][t] for r in group for t in r["held_out"]]
+  kept = float(np.mean(scores)) if scores else float("nan")
   loss = float(np.mean([r["base_nll"] for r in group]))
-  rows.append(["(the base)", f"{np.mean(base):.3f}", "", "", "", "", f"{kept:.3f}", f"{loss:.3f}"])
+  rows.append(["(the base)", f"{np.mean(base):.3f}", "", "", "", "", _number(kept), f"{loss:.3f}"])
   rows[-1] += [""] * (len(head) - len(rows[-1]))
   return head, rows
+
+
+def _number(x: float) -> str:
+  """Write a number; nothing where no task was held out."""
+  return f"{x:.3f}" if np.isfinite(x) else ""
 
 
 def _facts(group: Sequence[Result]) -> str:
@@ -233,16 +239,18 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _lambdas(cells: Mapping[str, Sequence[Result]]) -> Any:
   """Validation score of task arithmetic against λ, by cell."""
   fig, ax = plt.subplots(figsize=(7, 3.4))
-  for color, (name, group) in zip(report.COLORS, cells.items(), strict=False):
+  for i, (name, group) in enumerate(cells.items()):
+    color = report.COLORS[i % len(report.COLORS)]
+    line = "o-" if i < len(report.COLORS) else "s--"
     found = [r["methods"]["task arithmetic"]["curve"] for r in group]
     if found:
       xs = [p[0] for p in found[0]]
       ys = np.array([[p[1] for p in c] for c in found])
-      ax.plot(xs, ys.mean(0), "o-", color=color, label=name, linewidth=1.6, markersize=4)
+      ax.plot(xs, ys.mean(0), line, color=color, label=name, linewidth=1.6, markersize=4)
       ax.fill_between(xs, ys.min(0), ys.max(0), color=color, alpha=0.15)
   ax.set_xlabel("λ of task arithmetic (band: all seeds)")
   ax.set_ylabel("normalised validation score")
-  ax.legend(frameon=False, fontsize=9)
+  ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
   ax.spines[["top", "right"]].set_visible(False)
   return fig
 
@@ -261,12 +269,13 @@ def _factors(cells: Mapping[str, Sequence[Result]]) -> Any:
     values = [[r["methods"][n]["standing"]["normalised"] for r in g] for g in named.values()]
     x = np.arange(len(named)) + i * width
     color = report.COLORS[i % len(report.COLORS)]
-    ax.bar(x, [np.mean(v) for v in values], width, color=color, label=n)
+    hatch = "///" if i >= len(report.COLORS) else None
+    ax.bar(x, [np.mean(v) for v in values], width, color=color, label=n, hatch=hatch)
     for at, v in zip(x, values, strict=True):
       ax.plot([at] * len(v), v, ".", color="#1d2329", markersize=3)
   ax.set_xticks(np.arange(len(named)) + 0.4 - width / 2, list(named))
   ax.set_ylabel("normalised score (dots: seeds)")
-  ax.legend(frameon=False, fontsize=8, ncols=3)
+  ax.legend(frameon=False, fontsize=8, ncols=7, loc="lower left", bbox_to_anchor=(0, 1))
   ax.spines[["top", "right"]].set_visible(False)
   return fig
 
@@ -282,12 +291,14 @@ def _heat(group: Sequence[Result]) -> Any:
     (axes[1], np.where(np.eye(len(names)) > 0, np.nan, cosines), "cosine of the task vectors"),
   ):
     image = ax.imshow(table, cmap="viridis")
+    middle = 0.5 * (np.nanmin(table) + np.nanmax(table))
     ax.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.set_title(title, fontsize=9)
     for (i, j), v in np.ndenumerate(table):
       if np.isfinite(v):
-        ax.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=7, color="white")
+        ink = "black" if v > middle else "white"
+        ax.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=7, color=ink)
     fig.colorbar(image, ax=ax, shrink=0.8)
   return fig
 
