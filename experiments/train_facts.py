@@ -26,8 +26,9 @@ from treesurgeon.core import model as model_lib
 from treesurgeon.core import paths
 from treesurgeon.edit import requests, tokens, tracing, value
 from treesurgeon.evaluate import edits, fact_texts, facts
+from treesurgeon.io import cache
 from treesurgeon.run import collect
-from treesurgeon.train import cache, optimizers
+from treesurgeon.train import optimizers
 
 RECIPE = 1  # raised when training changes in a way that the configuration does not show
 COLUMNS = ("ES", "PS", "NS", "EM", "PM", "NM", "ES_exact", "PS_exact", "NS_exact", "others",

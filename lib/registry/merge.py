@@ -9,7 +9,11 @@ TABLE: dict[str, entries.Entry] = {
     paper="Yang et al., AdaMerging: Adaptive model merging for multi-task learning, 2023, "
     "arXiv 2310.02575",
     oracle="tests/merge/adamerging_test.py",
-    note="task-wise, by layer or by tensor (the paper's layer-wise); density=0.2 is AdaMerging++",
+    verdict="not reproduced",
+    command=entries.MERGE_BENCH,
+    note="task-wise, by layer or by tensor (the paper's layer-wise); density=0.2 is "
+    "AdaMerging++; on digits by tensor is better than by task in three seeds, but behind task "
+    "arithmetic, whose one number is chosen on labels",
   ),
   "merge.arcee_fusion": entries.Entry(
     factory="treesurgeon.merge.arcee_fusion:arcee_fusion",
@@ -23,8 +27,11 @@ TABLE: dict[str, entries.Entry] = {
     paper="Zhang et al., Knowledge composition using task vectors with learned anisotropic "
     "scaling, 2024, arXiv 2407.02880",
     oracle="tests/merge/atlas_test.py",
+    verdict="reproduced",
+    command=entries.MERGE_BENCH,
     note="recovers planted coefficients; the coefficients alone are a file, so it is a "
-    "parameter-efficient fine-tuning method too; pseudo-labels by augmentation are left out",
+    "parameter-efficient fine-tuning method too; pseudo-labels by augmentation are left out; on "
+    "digits better than task arithmetic in three seeds",
   ),
   "merge.bang": entries.Entry(
     factory="treesurgeon.merge.bang:bang",
@@ -41,8 +48,11 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.merge.breadcrumbs:breadcrumbs",
     paper="Davari and Belilovsky, Model Breadcrumbs, 2023, arXiv 2312.06795",
     oracle="tests/merge/breadcrumbs_test.py",
-    note="equals mergekit 0.1.5 to the bit, ties at a cut aside, tests/peers/merge_sparse_test.py, "
-    "and granularity='row' is the authors'",
+    verdict="not reproduced",
+    command=entries.MERGE_BENCH,
+    note="equals mergekit 0.1.5 to the bit, ties at a cut aside, "
+    "tests/peers/merge_sparse_test.py, and granularity='row' is the authors'; on digits within "
+    ".002 of task arithmetic",
   ),
   "merge.breadcrumbs_ties": entries.Entry(
     factory="treesurgeon.merge.breadcrumbs:breadcrumbs_ties",
@@ -54,7 +64,10 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.merge.tall_masks:consensus",
     paper="Wang et al., Localizing task information, 2024, arXiv 2405.07813",
     oracle="tests/merge/tall_masks_test.py",
-    note="keeps what at least k TALL masks keep; k=0 is task arithmetic",
+    verdict="not reproduced",
+    command=entries.MERGE_BENCH,
+    note="keeps what at least k TALL masks keep; k=0 is task arithmetic; on digits better than "
+    "task arithmetic in one seed of three",
   ),
   "merge.dam": entries.Entry(
     factory="treesurgeon.merge.dam:dam",
@@ -85,7 +98,10 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.merge.della:della",
     paper="Deep et al., DELLA-Merging, 2024, arXiv 2406.11617",
     oracle="tests/merge/della_test.py",
-    note="equals mergekit 0.1.5 given its masks, rescale='l1'; tests/peers/merge_sparse_test.py",
+    verdict="not reproduced",
+    command=entries.MERGE_BENCH,
+    note="equals mergekit 0.1.5 given its masks, rescale='l1'; "
+    "tests/peers/merge_sparse_test.py; on digits better than DARE with TIES in one seed of three",
   ),
   "merge.della_linear": entries.Entry(
     factory="treesurgeon.merge.della:della_linear",
@@ -160,7 +176,11 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.merge.model_stock:model_stock",
     paper="Jang et al., Model Stock, 2024, arXiv 2403.19522",
     oracle="tests/merge/model_stock_test.py",
-    note="equals mergekit 0.1.5; tests/peers/merge_spheres_test.py",
+    verdict="not reproduced",
+    command=entries.MERGE_BENCH,
+    note="equals mergekit 0.1.5; tests/peers/merge_spheres_test.py; on digits it stays near "
+    "the base, behind an average, in three seeds; experts there are of different tasks, the "
+    "paper's of one",
   ),
   "merge.multislerp": entries.Entry(
     factory="treesurgeon.merge.multislerp:multislerp",
@@ -205,7 +225,10 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.merge.pcb:pcb",
     paper="Du et al., Parameter competition balancing for model merging, 2024, arXiv 2410.02396",
     oracle="tests/merge/pcb_test.py",
-    note="the authors' formulas and order statistics; theirs takes the model, granularity='global'",
+    verdict="not reproduced",
+    command=entries.MERGE_BENCH,
+    note="the authors' formulas and order statistics; theirs takes the model, "
+    "granularity='global'; on digits better than TIES in one seed of three",
   ),
   "merge.pleas": entries.Entry(
     factory="treesurgeon.merge.pleas:pleas",
@@ -288,13 +311,19 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.merge.soups:soup_greedy",
     paper="Wortsman et al., Model soups, 2022, arXiv 2203.05482",
     oracle="tests/merge/soups_test.py",
-    note="the uniform soup is merge.linear; never worse than its best ingredient on the data",
+    verdict="reproduced",
+    command=entries.MERGE_BENCH,
+    note="the uniform soup is merge.linear; never worse than its best ingredient on the data; "
+    "on digits better than the uniform soup in three seeds; ingredients there are of different "
+    "tasks, the paper's of one",
   ),
   "merge.soup_learned": entries.Entry(
     factory="treesurgeon.merge.soups:soup_learned",
     paper="Wortsman et al., Model soups, 2022, arXiv 2203.05482",
     oracle="tests/merge/soups_test.py",
-    note="without the paper's temperature",
+    verdict="reproduced",
+    command=entries.MERGE_BENCH,
+    note="without the paper's temperature; on digits better than the uniform soup in three seeds",
   ),
   "merge.sparse_model_soups": entries.Entry(
     factory="treesurgeon.merge.sparse_model_soups:sparse_model_soups",
@@ -326,10 +355,11 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.merge.ties:ties",
     paper="Yadav et al., TIES-Merging, 2023, arXiv 2306.01708",
     oracle="tests/merge/ties_test.py",
-    verdict="not reproduced",
-    command=entries.DIRECTIONS,
-    note="better than the other task's expert, but behind a plain average of two experts; equals "
-    "mergekit 0.1.5 by tensor, the paper with granularity='global'",
+    verdict="reproduced",
+    command=entries.MERGE_BENCH,
+    note="better than an average of four digit experts in three seeds; of two text experts the "
+    "average is better (experiments.directions); equals mergekit 0.1.5 by tensor, the paper "
+    "with granularity='global'",
   ),
   "merge.tsv_merge": entries.Entry(
     factory="treesurgeon.merge.tsv_merge:tsv_merge",
