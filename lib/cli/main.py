@@ -6,6 +6,7 @@ with a traceback and status 1. `--debug` shows the traceback of the former too.
 """
 
 import difflib
+import gc
 import importlib
 import os
 import pathlib
@@ -121,8 +122,17 @@ def _parse(values: flags.FlagValues, command: str, rest: list[str]) -> list[str]
 
 
 def _module(command: str) -> types.ModuleType:
+  """Import a command; what that makes lasts, so looking for garbage in it only costs time."""
   name = "list_" if command == "list" else command.replace("-", "_")
-  return importlib.import_module(f"treesurgeon.cli.{name}")
+  name = f"treesurgeon.cli.{name}"
+  if name in sys.modules or not gc.isenabled():
+    return importlib.import_module(name)
+  gc.disable()
+  try:
+    return importlib.import_module(name)
+  finally:
+    gc.freeze()
+    gc.enable()
 
 
 def _fail(message: str) -> int:

@@ -150,7 +150,7 @@ def each(fn: Callable[[int], Any], items: Sequence[int]) -> Iterator[Any]:
   with concurrent.futures.ThreadPoolExecutor(cores) as pool:
     for item in items:
       ahead.append(pool.submit(fn, item))
-      if len(ahead) > cores:
+      if len(ahead) >= cores:
         yield ahead.popleft().result()
     while ahead:
       yield ahead.popleft().result()
