@@ -46,6 +46,7 @@ class Tensors(Mapping[str, np.ndarray]):
 
   def __init__(self, files: list[Path], index: Mapping[str, Path] | None = None):
     self.files = list(files)
+    self._recent: list[_File] = []
     self._found: dict[str, tuple[_File, header.Info]] = {}
     for path in self.files:
       opened = _File(path)
@@ -60,6 +61,13 @@ class Tensors(Mapping[str, np.ndarray]):
 
   def __getitem__(self, name: str) -> np.ndarray:
     file, info = self._found[name]
+    if file not in self._recent[-1:]:
+      # What was read last may be at work yet; of the files before it nothing need stay in memory.
+      recent = [*self._recent, file]
+      for other in recent[:-2]:
+        if other is not file:
+          other.forget()
+      self._recent = recent[-2:]
     return file.view(info)
 
   def __iter__(self) -> Iterator[str]:
@@ -207,13 +215,17 @@ class _File:
   def view(self, info: header.Info) -> np.ndarray:
     # Pages read stay resident until told otherwise, and a stream through a large file would hold
     # all of it. Views stay valid: what is touched again comes back from the file.
-    if self._resident > RESIDENT and hasattr(mmap, "MADV_DONTNEED"):
-      self.map.madvise(mmap.MADV_DONTNEED)
-      self._resident = 0
+    if self._resident > RESIDENT:
+      self.forget()
     self._resident += info.stop - info.start
     count = (info.stop - info.start) // info.dtype.itemsize
     flat = np.frombuffer(self.map, info.dtype, count, self.start + info.start)
     return flat.reshape(info.shape)
+
+  def forget(self) -> None:
+    if self._resident and hasattr(mmap, "MADV_DONTNEED"):
+      self.map.madvise(mmap.MADV_DONTNEED)
+      self._resident = 0
 
   def prefetch(self, info: header.Info) -> None:
     page = mmap.PAGESIZE

@@ -278,3 +278,20 @@ def test_what_was_read_does_not_stay_in_memory(tmp_path, monkeypatch):
   resident = int(pages.split("Rss:")[1].split()[0]) * 1024
   assert resident <= 4 << 20
   np.testing.assert_array_equal(views["w0"], arrays["w0"])
+
+
+def test_files_that_were_read_before_do_not_stay_in_memory(tmp_path):
+  with writer.Writer(tmp_path / "out", max_shard_bytes=1 << 20) as out:
+    for i in range(6):
+      out.write(f"w{i}", np.full(1 << 20, i, np.uint8))
+  tensors = safetensors.open_folder(tmp_path / "out")
+  assert [int(tensors[f"w{i}"].sum()) for i in range(6)] == [i << 20 for i in range(6)]
+  resident, file = {}, ""
+  for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
+    if "-of-00006.safetensors" in line:
+      file = line.split("/")[-1]
+    elif line.startswith("Rss:") and file:
+      resident[file] = int(line.split()[1])
+      file = ""
+  assert len(resident) == 6
+  assert sum(x > 0 for x in resident.values()) <= 2
