@@ -277,7 +277,9 @@ def test_equals_mergekit_to_the_bit(name, directories, tmp_path):
 @pytest.mark.parametrize("name", CLOSE)
 def test_equals_mergekit(name, directories, tmp_path):
   ours, theirs = run_both(CLOSE[name] | {"dtype": "float32"}, directories, tmp_path)
-  assert worst(ours, theirs) <= 3e-7
+  # Karcher means wander by four units in the last place of float32 from a float64 one, mergekit's
+  # as ours, and not by the same on every processor.
+  assert worst(ours, theirs) <= (5e-7 if name.startswith("karcher") else 3e-7)
   for key in ("num_hidden_layers", "tie_word_embeddings", "model_type"):
     assert ours.config[key] == theirs.config[key]
   transformers.AutoModelForCausalLM.from_pretrained(ours.directory)
