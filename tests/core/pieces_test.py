@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from treesurgeon import registry
 from treesurgeon.core import model, pieces
+from treesurgeon.io import raw
 from treesurgeon.merge import trim
 from treesurgeon.run import collect, drivers
 
@@ -58,6 +59,52 @@ def test_a_stream_in_pieces_equals_a_run(text, dtype, monkeypatch):
   drivers.stream(registry.parse(text), sources[0], sink, materials)
   for n in shapes:
     assert np.asarray(sink[n]).tobytes() == np.asarray(whole.leaf(n)).tobytes(), n
+
+
+def test_pieces_are_written_as_they_are_computed(tmp_path, monkeypatch):
+  monkeypatch.setattr(pieces, "SIZE", 50)
+  tensors = [{"a": RNG.standard_normal((37, 11)).astype(np.float32)} for _ in range(3)]
+  materials = collect.Materials(donors=[model.Model(None, t) for t in tensors[1:]])
+  ties = registry.parse("merge.ties(density=0.3)")
+  held = model.Model(None, {"a": jnp.asarray(tensors[0]["a"])})
+  whole = drivers.run(ties, held, materials)
+  seen = []
+  write = raw.Sink.write
+  monkeypatch.setattr(raw.Sink, "write", lambda *x: seen.append(type(x[2])) or write(*x))
+  with raw.Sink(tmp_path / "out", {}) as sink:
+    drivers.stream(ties, model.Model(None, tensors[0]), sink, materials)
+    out = sink.close()
+  assert seen == [pieces.Pieces]
+  assert raw.Directory(out).leaf("a").tobytes() == np.asarray(whole.leaf("a")).tobytes()
+
+
+def test_a_second_step_is_given_the_array_of_the_first(monkeypatch):
+  monkeypatch.setattr(pieces, "SIZE", 50)
+  tensors = [{"a": RNG.standard_normal((37, 11)).astype(np.float32)} for _ in range(3)]
+  materials = collect.Materials(donors=[model.Model(None, t) for t in tensors[1:]])
+  both = registry.parse("merge.ties(density=0.3) + merge.linear(weights=(0.5, 0.3, 0.2))")
+  whole = drivers.run(both, model.Model(None, {"a": jnp.asarray(tensors[0]["a"])}), materials)
+  sink = Memory()
+  sink.pieces = True
+  drivers.stream(both, model.Model(None, tensors[0]), sink, materials)
+  assert np.asarray(sink["a"]).tobytes() == np.asarray(whole.leaf("a")).tobytes()
+
+
+def test_a_piece_that_is_not_finite_is_told_of_its_leaf(tmp_path, monkeypatch):
+  monkeypatch.setattr(pieces, "SIZE", 50)
+  w = np.ones((37, 11), np.float32)
+  w[30, 2:5] = 3e38
+  donor = model.Model(None, {"a": w})
+  out = tmp_path / "out"
+  message = r"a: 3 of 407 values are NaN or infinite after merge\.linear"
+  with pytest.raises(ValueError, match=message), raw.Sink(out, {}) as sink:
+    drivers.stream(
+      registry.parse("merge.linear(normalize=False)"),
+      donor,
+      sink,
+      collect.Materials(donors=[donor]),
+    )
+  assert list(tmp_path.iterdir()) == []
 
 
 def kept(d, where, at, ties):
