@@ -2,9 +2,9 @@
 """Hashes of files for the lineage; a large file that did not change is hashed once.
 
 Merging the same checkpoints again and again would otherwise spend more time on sha256 than on the
-merge. What is remembered goes by a file's device, inode, size and times of change, the latter to
-the nanosecond and not to be set by programs; a file so young that it might change within one tick
-of that clock is not remembered.
+merge. What is remembered goes by a file's device, inode, size and times of change to the
+nanosecond, of which no program can set the one of its inode; a file so young that it might change
+again within one tick of that clock is not remembered.
 """
 
 import hashlib
