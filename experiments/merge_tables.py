@@ -124,8 +124,9 @@ def claims(cells: Mapping[str, Sequence[Result]]) -> dict[str, list[float]]:
   few, many = cells.get("2 experts", ()), cells.get("8 experts", ())
   weak = cells.get("weak base", ())
 
-  def kept(r: Result) -> float:
-    return r["methods"]["task arithmetic"]["standing"]["normalised"]
+  def kept(r: Result, tasks: Sequence[str]) -> float:
+    scores, own = r["methods"]["task arithmetic"]["scores"], r["expert_scores"]
+    return float(np.mean([scores[t] / own[t] for t in tasks]))
 
   out = {
     "TIES over an average": gap("TIES", "average"),
@@ -154,8 +155,12 @@ def claims(cells: Mapping[str, Sequence[Result]]) -> dict[str, list[float]]:
     "model stock over an average": gap("model stock", "average"),
     "a learned soup over an average": gap("learned soup", "average"),
     "a greedy soup over an average": gap("greedy soup", "average"),
-    "fewer experts keep more": [kept(a) - kept(b) for a, b in zip(few, many, strict=False)],
-    "a stronger base merges better": [kept(a) - kept(b) for a, b in zip(first, weak, strict=False)],
+    "the same tasks keep more of 2 experts than of 8": [
+      kept(a, a["tasks"]) - kept(b, a["tasks"]) for a, b in zip(few, many, strict=False)
+    ],
+    "a stronger base merges better": [
+      kept(a, a["tasks"]) - kept(b, a["tasks"]) for a, b in zip(first, weak, strict=False)
+    ],
     "merged, the held-out tasks gain over the base": [
       r["methods"]["task arithmetic"]["held_out"]
       - float(np.mean([r["base_scores"][t] for t in r["held_out"]]))
