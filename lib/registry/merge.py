@@ -314,7 +314,8 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.merge.slerp:slerp",
     paper="Shoemake, Animating rotation with quaternion curves, 1985",
     oracle="tests/merge/slerp_test.py",
-    note="equals mergekit 0.1.5; tests/peers/merge_spheres_test.py",
+    note="equals mergekit 0.1.5; tests/peers/merge_spheres_test.py; as Lu et al., 2024, arXiv "
+    "2409.03444, merge checkpoints of domain adaptation",
   ),
   "merge.soup_greedy": entries.Entry(
     factory="treesurgeon.merge.soups:soup_greedy",
@@ -398,7 +399,8 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.merge.wise_ft:wise_ft",
     paper="Wortsman et al., Robust fine-tuning of zero-shot models, 2021, arXiv 2109.01903",
     oracle="tests/merge/wise_ft_test.py",
-    note="both ends to the bit; sweeps compile once",
+    note="both ends to the bit; sweeps compile once; also the interpolation of Diversity-rewarded "
+    "CFG distillation, arXiv 2410.06084",
   ),
   "merge.wudi": entries.Entry(
     factory="treesurgeon.merge.wudi:wudi",
