@@ -6,7 +6,7 @@ and collapses at λ = 1 as experts are added; a task's own TALL mask nearly rest
 RegMean++ >= RegMean >= average; AdaMerging by tensor >= by task; DARE at a keep rate of 0.1 needs
 its rescaling; a stronger base merges better. What held is in `docs/merge_bench.md`.
 
-Cost: about half an hour a seed on two CPU cores, two minutes on an H200. Command:
+Cost: about 20 minutes a seed on one CPU core, two minutes on an H200; digits 4 minutes. Command:
 python -P -m treesurgeon.experiments.merge_bench --config=configs/merge_bench.py --workdir=DIR
 
 Variants: `:smoke` runs everything at toy size; `:digits` is the same on handwritten digits.
