@@ -20,7 +20,7 @@ from treesurgeon.registry import compress as family
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAME = "compress.prune.random"
 METHOD = "lib/compress/prune/random.py"
-ENTRY = "lib/registry/compress.py"
+ENTRY = "lib/registry/prune.py"
 ORACLE = "tests/compress/prune/random_test.py"
 CONTRACT = ROOT / "tests" / "contract_test.py"
 # A file's name on a line of its own, and what belongs into it.
