@@ -15,7 +15,7 @@ import pytest
 from treesurgeon import registry
 from treesurgeon.compress import prune
 from treesurgeon.core import step
-from treesurgeon.registry import compress as family
+from treesurgeon.registry import prune as family
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAME = "compress.prune.random"
