@@ -103,8 +103,10 @@ def _product(x: jax.Array, leaf: Any, implementation: str | None) -> jax.Array:
       total = total + _product(x, part, implementation)
     return total
   if isinstance(leaf, leaves.LowRank):
-    thin = reference.dot(x, leaf.a.astype(x.dtype)).astype(x.dtype)
-    return leaf.scale * reference.dot(thin, leaf.b.astype(x.dtype))
+    thin = _product(x, leaf.a, implementation).astype(x.dtype)
+    return leaf.scale * _product(thin, leaf.b, implementation)
+  if isinstance(leaf, leaves.ActivationQuantized):
+    return xla.integers(x, leaf)
   if not leaves.is_leaf(leaf):
     return reference.dot(x, jnp.asarray(leaf).astype(x.dtype))
   if implementation is None:

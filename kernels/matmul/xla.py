@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from treesurgeon.core import leaves, packing
+from treesurgeon.kernels.matmul import reference
 
 ROWS = 128  # decoded tile of a chunk: 128 rows of 4096 float32 columns are 2 MiB
 TOKENS = 64  # up to so many tokens `grouped` keeps its partial products small
@@ -48,6 +49,8 @@ def unsupported_chunked(x: jax.Array, leaf: Any) -> str:
   del x
   if not isinstance(leaf, leaves.QuantizedTensor):
     return f"it takes QuantizedTensor, not {type(leaf).__name__}"
+  if not leaf.plain:
+    return f"it takes integers in groups of rows with plain scales, not format {leaf.format!r}"
   return ""
 
 
@@ -139,6 +142,41 @@ def grouped(
   sums = x_GxMxK.astype(jnp.float32).sum(axis=-1).T
   y = y - _offset(sums, scales, leaf.zeros, leaf.bits)
   return y.reshape(*x.shape[:-1], leaf.cols)
+
+
+def integers(
+  x: Float[Array, "*batch rows"], leaf: leaves.ActivationQuantized
+) -> Float[Array, "*batch cols"]:
+  """Quantize the inputs and multiply; 8-bit integers by 8-bit integers stay integers till the end.
+
+  Args:
+    x: activations.
+    leaf: a kernel with quantized inputs.
+
+  Returns:
+    The product in float32.
+
+  Example:
+    >>> leaf = leaves.ActivationQuantized(jnp.ones((2, 1)), None)
+    >>> integers(jnp.array([[127.5, 0.0]]), leaf).tolist()
+    [[127.0]]
+  """
+  scales = leaf.scales_of(x)
+  units = leaf.codes_of(x, scales)
+  w = leaf.weight
+  exact = isinstance(w, leaves.QuantizedTensor) and w.plain and w.bits == 8 and w.zeros is None
+  if exact and leaf.format == "int" and leaf.bits == 8 and w.group_size >= w.rows:
+    codes = (w.integers() ^ 128).astype(jnp.uint8)  # unsigned to two's complement
+    signed = jax.lax.bitcast_convert_type(codes, jnp.int8)
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    total = jax.lax.dot_general(
+      units.astype(jnp.int8), signed, contract, preferred_element_type=jnp.int32
+    )
+    y = total.astype(jnp.float32) * w.scales.astype(jnp.float32).reshape(
+      (1,) * (x.ndim - 1) + (w.cols,)
+    )
+    return y * scales
+  return reference.dot(units, leaves.dense(w).astype(jnp.float32)) * scales
 
 
 def _by_group(x: jax.Array, leaf: leaves.QuantizedTensor) -> jax.Array:

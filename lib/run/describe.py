@@ -81,18 +81,37 @@ def kind(leaf: Any) -> str:
   match leaf:
     case leaves.QuantizedTensor():
       zero = "" if leaf.zeros is None else " asym"
-      group = "column" if leaf.group_size >= leaf.rows else f"g{leaf.group_size}"
-      return f"int{leaf.bits} {group}{zero}"
+      name = {"int": f"int{leaf.bits}", "nf": f"nf{leaf.bits}"}.get(leaf.format, leaf.format)
+      double = f" / {kind(leaf.scales)}" if leaves.is_leaf(leaf.scales) else ""
+      return f"{name} {_group(leaf)}{zero}{double}"
     case leaves.SparseTensor():
       return f"{leaf.n}:{leaf.m} {leaf.dtype.name}"
     case leaves.Codebook():
       return f"codebook {2**leaf.bits}x{leaf.length}"
     case leaves.LowRank():
       return f"rank {leaf.rank} {leaf.dtype.name}"
+    case leaves.Outliers():
+      return f"{leaf.values.shape[-1]} outliers {leaf.dtype.name}"
+    case leaves.ActivationQuantized():
+      how = "static" if leaf.scale is not None else f"per {leaf.per}"
+      name = f"int{leaf.bits}" if leaf.format == "int" else leaf.format
+      return f"{kind(leaf.weight)}, inputs {name} {how}"
     case leaves.Sum():
       return " + ".join(kind(p) for p in leaf.parts)
     case _:
       return jnp.dtype(leaf.dtype).name
+
+
+def _group(leaf: leaves.QuantizedTensor) -> str:
+  """Name what shares a scale."""
+  column, row = leaf.group_size >= leaf.rows, leaf.group_cols >= leaf.cols
+  if leaf.group_cols == 1:
+    return "column" if column else f"g{leaf.group_size}"
+  if column and row:
+    return "tensor"
+  if leaf.group_size == 1:
+    return "row" if row else f"row g{leaf.group_cols}"
+  return f"{leaf.group_size}x{leaf.group_cols}"
 
 
 @dataclasses.dataclass(frozen=True)

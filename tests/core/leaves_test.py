@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from treesurgeon.core import leaves, packing, paths
+from treesurgeon.core import formats, leaves, packing, paths
 
 RNG = np.random.default_rng(0)
 
@@ -48,7 +48,44 @@ def total(*batch):
   return leaves.Sum((quantized(*batch), low_rank(*batch), normal(*batch, 10, 3)))
 
 
-MAKERS = [quantized, sparse, codebook, low_rank, total]
+def table(*batch, name="e2m1", bits=4, group_cols=1, nested=False):
+  codes = jnp.asarray(RNG.integers(0, 3 if name == "ternary" else 2**bits, (*batch, 10, 4)))
+  codes = codes.astype(jnp.uint8)
+  packed = formats.pack_trits(codes) if name == "ternary" else packing.pack(codes, bits=bits)
+  scales = normal(*batch, 3, -(-4 // group_cols))
+  if nested:  # NVFP4: the scales are 8-bit floats with one scale a tensor
+    floats = jnp.asarray(RNG.integers(0, 120, scales.shape).astype(np.uint8))
+    scales = leaves.QuantizedTensor(
+      floats, normal(*batch, 1, 1), None, None, rows=3, cols=scales.shape[-1], bits=8,
+      group_size=3, format="e4m3fn", group_cols=scales.shape[-1],
+    )  # fmt: skip
+  return leaves.QuantizedTensor(
+    packed, scales, None, None, rows=10, cols=4, bits=bits, group_size=4, format=name,
+    group_cols=group_cols,
+  )  # fmt: skip
+
+
+def double(*batch):
+  return table(*batch, nested=True)
+
+
+def tiles(*batch):
+  return table(*batch, name="ternary", bits=2, group_cols=3)
+
+
+def outliers(*batch):
+  at = np.stack([RNG.permutation(30)[:5] for _ in range(int(np.prod(batch)))])
+  at = jnp.asarray(at.reshape(*batch, 1, 5).astype(np.int32))
+  return leaves.Outliers(normal(*batch, 1, 5), at, rows=10, cols=3)
+
+
+def activations(*batch):
+  return leaves.ActivationQuantized(quantized(*batch), normal(*batch, 1, 1) if batch else None)
+
+
+MAKERS = [
+  quantized, sparse, codebook, low_rank, total, table, double, tiles, outliers, activations,
+]  # fmt: skip
 every_kind = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 
 
@@ -62,6 +99,47 @@ def test_quantized_by_definition(zeros, index):
     zero = np.asarray(leaf.zeros, int)[g] if zeros else 4
     expected = (codes[r] - zero) * np.asarray(leaf.scales)[g]
     np.testing.assert_allclose(leaf.dense()[r], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("e2m1", 4), ("nf", 3), ("ternary", 2), ("sign", 1)])
+def test_tables_and_tiles_by_definition(name, bits):
+  leaf = table(name=name, bits=bits, group_cols=3)
+  codes, levels = np.asarray(leaf.integers()), formats.levels(name, bits)
+  for r in range(10):
+    for c in range(4):
+      expected = levels[codes[r, c]] * np.asarray(leaf.scales)[r // 4, c // 3]
+      np.testing.assert_allclose(leaf.dense()[r, c], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "cols"), [(10, 4), (1, 4), (10, 1), (1, 2), (64, 64)])
+def test_one_scale_a_tensor_an_input_an_output(size, cols):
+  codes = jnp.asarray(RNG.integers(0, 256, (10, 4)).astype(np.uint8))
+  scales = normal(-(-10 // size), -(-4 // cols))
+  leaf = leaves.QuantizedTensor(codes, scales, None, None, 10, 4, 8, size, group_cols=cols)
+  rows, columns = np.arange(10) // size, np.arange(4) // cols
+  expected = (np.asarray(codes, float) - 128) * np.asarray(scales)[rows[:, None], columns]
+  np.testing.assert_allclose(leaf.dense(), expected, rtol=1e-6)
+
+
+def test_outliers_by_definition():
+  leaf = outliers()
+  expected = np.zeros(30, np.float32)
+  expected[np.asarray(leaf.positions)[0]] = np.asarray(leaf.values)[0]
+  np.testing.assert_array_equal(leaf.dense(), expected.reshape(10, 3))
+
+
+def test_inputs_are_quantized_by_token_or_tensor():
+  x = normal(5, 10)
+  for per, axis in (("token", 1), ("tensor", None)):
+    leaf = leaves.ActivationQuantized(normal(10, 3), None, per=per)
+    scale = np.broadcast_to(np.abs(x).max(axis=axis, keepdims=True) / 127.5, (5, 1))
+    np.testing.assert_allclose(leaf.scales_of(x), scale, rtol=1e-6)
+    expected = np.clip(np.round(np.asarray(x) / scale), -128, 127)
+    assert (np.abs(leaf.codes_of(x, leaf.scales_of(x)) - expected) <= 1).all()
+  static = dataclasses.replace(leaf, scale=jnp.full((1, 1), 0.5))
+  np.testing.assert_array_equal(static.scales_of(x), 0.5)
+  zero = leaves.ActivationQuantized(normal(10, 3), None, format="e4m3fn")
+  assert not np.asarray(zero.codes_of(0 * x, zero.scales_of(0 * x))).any()
 
 
 def test_sparse_by_definition():
@@ -144,7 +222,9 @@ def test_storage_dtype():
 
 def test_errors():
   factors = {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 3))}
-  with pytest.raises(ValueError, match="unknown leaf type 'Nibbles'; known: Codebook, LowRank"):
+  with pytest.raises(
+    ValueError, match="unknown leaf type 'Nibbles'; known: Activation"
+  ):
     leaves.from_parts({"type": "Nibbles"}, {})
   with pytest.raises(ValueError, match="LowRank has no field 'c'; it has a, b, scale"):
     leaves.from_parts({"type": "LowRank"}, {**factors, "c": factors["a"]})

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compressed leaves: containers that stand where an array stood in a model's parameters.
+
+Each is a pytree node whose arrays may carry leading (layer or expert) axes, so a compressed leaf
+survives jit, scan, sharding, checkpointing and depth growth like an array does. The logical value
+is always a matrix of shape `(..., rows, cols)`, input dimension first; `dense` computes it. Parts
+may be compressed leaves in turn: scales that are quantized, factors that are.
+"""
+
+from treesurgeon.core.leaves.base import (
+  Compressed,
+  Leaf,
+  bits_per_weight,
+  container,
+  dense,
+  is_leaf,
+  map_leaves,
+  nbytes,
+  signature,
+)
+from treesurgeon.core.leaves.codebook import Codebook
+from treesurgeon.core.leaves.files import TYPES, from_parts, to_parts
+from treesurgeon.core.leaves.inputs import ActivationQuantized
+from treesurgeon.core.leaves.low_rank import LowRank
+from treesurgeon.core.leaves.outliers import Outliers
+from treesurgeon.core.leaves.quantized import QuantizedTensor
+from treesurgeon.core.leaves.sparse import SparseTensor
+from treesurgeon.core.leaves.summed import Sum
+
+__all__ = [
+  "TYPES",
+  "ActivationQuantized",
+  "Codebook",
+  "Compressed",
+  "Leaf",
+  "LowRank",
+  "Outliers",
+  "QuantizedTensor",
+  "SparseTensor",
+  "Sum",
+  "bits_per_weight",
+  "container",
+  "dense",
+  "from_parts",
+  "is_leaf",
+  "map_leaves",
+  "nbytes",
+  "signature",
+  "to_parts",
+]
