@@ -24,6 +24,8 @@ def quantize(
   symmetric: bool = True,
   mse: bool = False,
   scale_dtype: str | None = None,
+  format: str = "int",
+  group_cols: int = 1,
 ) -> tuple[UInt8[Array, "*batch rows cols"], grids.Grid]:
   """Fit a grid to every group of a matrix and round to it, in float32.
 
@@ -33,7 +35,9 @@ def quantize(
     group_size: rows that share a scale; the last group may be shorter.
     symmetric: whether there are no zero points.
     mse: search for the range that minimises the error, see `grid.fit`.
-    scale_dtype: dtype of the scales; None is that of `w`.
+    scale_dtype: how scales are stored, see `grid`; None is the dtype of `w`.
+    format: "int" or a table of `core.formats`.
+    group_cols: columns that share a scale.
 
   Returns:
     (codes, grid).
@@ -44,10 +48,12 @@ def quantize(
     ([[15], [6]], 1.0)
   """
   grid = grids.fit(
-    w, bits=bits, group_size=group_size, symmetric=symmetric, mse=mse, scale_dtype=scale_dtype
-  )
-  wide = grids.spread(grid, group_size=group_size, rows=w.shape[-2])
-  return grids.round_to(w, wide, bits=bits), grid
+    w, bits=bits, group_size=group_size, symmetric=symmetric, mse=mse, scale_dtype=scale_dtype,
+    format=format, group_cols=group_cols,
+  )  # fmt: skip
+  *_, rows, cols = w.shape
+  wide = grids.spread(grid, group_size=group_size, rows=rows, group_cols=group_cols, cols=cols)
+  return grids.round_to(w, wide, bits=bits, format=format), grid
 
 
 @step.method("compress.quantize.rtn")
@@ -58,6 +64,8 @@ def rtn(
   symmetric: bool = True,
   mse: bool = False,
   scale_dtype: str | None = None,
+  format: str = "int",
+  group_cols: int = 1,
   select: str | None = None,
 ) -> step.Step:
   """Quantize kernels by rounding to nearest.
@@ -67,7 +75,10 @@ def rtn(
     group_size: input rows that share a scale; -1, or more than there are, is one a column.
     symmetric: whether there are no zero points.
     mse: search for the range that minimises the error.
-    scale_dtype: float32, bfloat16 or float16; None is the weight's dtype.
+    scale_dtype: how scales are stored: a floating-point dtype, float8_e8m0fnu (powers of two),
+      e4m3fn or int8, int6, int4 (quantized in turn); None is the weight's dtype.
+    format: "int", or a table of `core.formats`: e2m1, e4m3fn, nf, ternary, sign, shift, ...
+    group_cols: columns that share a scale; -1 is all.
     select: which addresses; None is every kernel inside the layers.
 
   Returns:
@@ -79,22 +90,28 @@ def rtn(
   Example:
     >>> rtn(bits=3)
     (compress.quantize.rtn(bits=3),)
+    >>> mxfp4 = rtn(bits=4, format="e2m1", group_size=32, scale_dtype="float8_e8m0fnu")
+    >>> nvfp4 = rtn(bits=4, format="e2m1", group_size=16, scale_dtype="e4m3fn")
 
   Reference:
     Nagel et al., A White Paper on Neural Network Quantization, 2021, arXiv:2106.08295.
   """
   hyper = {
     "bits": bits, "group_size": group_size, "symmetric": symmetric, "mse": mse,
-    "scale_dtype": scale_dtype,
+    "scale_dtype": scale_dtype, "format": format, "group_cols": group_cols,
   }  # fmt: skip
   grids.check(**hyper)
   return step.over_leaves(_leaf, hyper=hyper, select=select, raw=True)
 
 
-def _leaf(w: Any, *, group_size: int, bits: int, symmetric: bool, **hyper: Any) -> Any:
-  if grids.already(w, bits=bits, group_size=group_size, symmetric=symmetric):
+def _leaf(
+  w: Any, *, group_size: int, bits: int, symmetric: bool, format: str, group_cols: int, **hyper: Any
+) -> Any:
+  form = {"bits": bits, "group_size": group_size, "format": format, "group_cols": group_cols}
+  if grids.already(w, **form, symmetric=symmetric):
     return w
   w = leaves.dense(w)
-  group_size = grids.clamp_group(group_size, w.shape[-2])
-  codes, grid = quantize(w, bits=bits, group_size=group_size, symmetric=symmetric, **hyper)
-  return grids.tensor(codes, grid, bits=bits, group_size=group_size, store=jnp.dtype(w.dtype))
+  form["group_size"] = grids.clamp_group(group_size, w.shape[-2])
+  form["group_cols"] = grids.clamp_group(group_cols, w.shape[-1])
+  codes, grid = quantize(w, **form, symmetric=symmetric, **hyper)
+  return grids.tensor(codes, grid, **form, store=jnp.dtype(w.dtype))

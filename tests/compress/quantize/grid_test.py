@@ -82,7 +82,10 @@ def test_scales_are_rounded_before_use():
     ({"bits": 0}, "bits=0: the width of a code is a whole number from 1 to 8"),
     ({"bits": 1, "symmetric": True}, "bits=1: a symmetric grid of one bit"),
     ({"group_size": 0}, "group_size=0: groups have 1 row or more; -1 is one group a column"),
-    ({"scale_dtype": "int8"}, "scale_dtype='int8': valid are float32, bfloat16, float16, None"),
+    ({"scale_dtype": "int7"}, "scale_dtype='int7': valid are float32, bfloat16, float16, float8"),
+    ({"format": "e2m1", "bits": 3}, "format='e2m1' has codes of 4 bits, not 3"),
+    ({"format": "nf", "symmetric": False}, "format='nf' has no zero points; use symmetric=True"),
+    ({"group_cols": 0}, "group_cols=0: tiles have 1 column or more; -1 is all of them"),
   ],
 )
 def test_arguments(arguments, message):

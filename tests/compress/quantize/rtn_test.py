@@ -3,12 +3,13 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.compress.quantize import rtn
-from treesurgeon.core import leaves, model
+from treesurgeon.core import formats, leaves, model, paths
 
 KEY = jax.random.key(0)
 ADDRESS = "layers/0/mlp/up/kernel"
@@ -92,3 +93,75 @@ def test_dtype_is_kept():
 def test_arguments_are_checked():
   with pytest.raises(ValueError, match="bits=9"):
     rtn.rtn(bits=9)
+
+
+def _nearest(units, table):
+  return table[np.abs(units[..., None] - table).argmin(axis=-1)]
+
+
+@pytest.mark.parametrize("shape", [(40, 6), (2, 40, 6)])
+def test_mxfp4_by_definition(shape):
+  w = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  form = {"bits": 4, "group_size": 32, "format": "e2m1"}
+  codes, grid = rtn.quantize(jnp.asarray(w), **form, scale_dtype="float8_e8m0fnu")
+  table = formats.levels("e2m1", 4).astype(np.float64)
+  got = np.asarray(grids.tensor(codes, grid, **form, store="float32").dense())
+  for r in range(0, 40, 32):
+    part = w[..., r : r + 32, :]
+    shared = 2.0 ** (np.floor(np.log2(np.abs(part).max(axis=-2, keepdims=True))) - 2)
+    np.testing.assert_allclose(got[..., r : r + 32, :], _nearest(part / shared, table) * shared)
+
+
+def test_nvfp4_by_definition():
+  w = np.random.default_rng(1).normal(size=(48, 6)).astype(np.float32)
+  form = {"bits": 4, "group_size": 16, "format": "e2m1"}
+  codes, grid = rtn.quantize(jnp.asarray(w), **form, scale_dtype="e4m3fn")
+  leaf = grids.tensor(codes, grid, **form, store="float32")
+  whole = np.abs(w).max() / 6 / 448
+  peaks = np.abs(w).reshape(3, 16, 6).max(axis=1)
+  scales = (peaks / 6 / whole).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * whole
+  wide = np.repeat(scales, 16, axis=0)
+  expected = _nearest(w / wide, formats.levels("e2m1", 4)) * wide
+  np.testing.assert_allclose(leaf.dense(), expected, rtol=1e-5)
+  assert leaves.bits_per_weight(leaf) == 4 + 8 / 16 + 32 / (48 * 6)
+
+
+def test_quantized_scales_cost_little_and_change_little():
+  w = jnp.asarray(np.random.default_rng(2).normal(size=(512, 64)).astype(np.float32))
+  form = {"bits": 4, "group_size": 64, "format": "nf"}
+  plain, double = (
+    grids.tensor(*rtn.quantize(w, **form, scale_dtype=d), **form, store="float32")
+    for d in ("float32", "int8")
+  )
+  error = [float(((x.dense() - w) ** 2).sum()) for x in (plain, double)]
+  assert error[1] < 1.01 * error[0]
+  # 8 bits a scale, and 32 + 8 for the range of 256 scales: QLoRA's 0.127 and a byte.
+  assert leaves.bits_per_weight(double) == 4 + 8 / 64 + 40 / (64 * 256)
+
+
+@pytest.mark.parametrize("size", [(40, 6), (1, 6), (40, 1), (16, 4), (1, 3)])
+def test_tiles_of_any_shape_share_a_scale(size):
+  w = np.random.default_rng(3).normal(size=(40, 6)).astype(np.float32)
+  form = {"bits": 4, "group_size": size[0], "group_cols": size[1]}
+  codes, grid = rtn.quantize(jnp.asarray(w), **form)
+  got = np.asarray(grids.tensor(codes, grid, **form, store="float32").dense())
+  for r in range(0, 40, size[0]):
+    for c in range(0, 6, size[1]):
+      tile = w[r : r + size[0], c : c + size[1]]
+      scale = np.asarray(grid.scales)[r // size[0], c // size[1]]
+      np.testing.assert_allclose(scale, np.abs(tile).max() / 7.5, rtol=1e-6)
+      expected = np.clip(np.round(tile / scale), -8, 7) * scale
+      np.testing.assert_allclose(got[r : r + size[0], c : c + size[1]], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "bits", "size"), [("ternary", 2, 1.6), ("sign", 1, 1.0)])
+def test_ternary_and_binary_cost_what_they_hold(name, bits, size):
+  w = jnp.asarray(np.random.default_rng(4).normal(size=(40, 6)).astype(np.float32))
+  (one,) = rtn.rtn(bits=bits, format=name, group_size=-1)
+  m = model.Model(None, paths.nest({"layers/0:1/mlp/up/kernel": w[None]}))
+  leaf = one.apply(m, {}, KEY).leaf(ADDRESS)
+  assert leaves.bits_per_weight(leaf) == size + 32 / 40
+  units = np.asarray(leaf.dense() / leaf.scales)
+  levels = formats.levels(name, bits)
+  expected = _nearest(np.asarray(w / leaf.scales), levels[np.isfinite(levels)])
+  np.testing.assert_allclose(units, expected, atol=1e-6)
