@@ -160,7 +160,7 @@ def test_ternary_and_binary_cost_what_they_hold(name, bits, size):
   (one,) = rtn.rtn(bits=bits, format=name, group_size=-1)
   m = model.Model(None, paths.nest({"layers/0:1/mlp/up/kernel": w[None]}))
   leaf = one.apply(m, {}, KEY).leaf(ADDRESS)
-  assert leaves.bits_per_weight(leaf) == size + 32 / 40
+  assert leaves.bits_per_weight(leaf) == pytest.approx(size + 32 / 40)
   units = np.asarray(leaf.dense() / leaf.scales)
   levels = formats.levels(name, bits)
   expected = _nearest(np.asarray(w / leaf.scales), levels[np.isfinite(levels)])
