@@ -26,9 +26,9 @@ import numpy as np
 import optax
 
 from treesurgeon import models as networks
-from treesurgeon.core import meshes, needs, paths, step
+from treesurgeon.core import descend, meshes, needs, paths, step, trim
 from treesurgeon.core import model as model_lib
-from treesurgeon.merge import descend, mixed_models, mixture, ties, trim
+from treesurgeon.merge import mixed_models, mixture, ties
 
 
 def mean_entropy(

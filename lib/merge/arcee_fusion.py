@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step, varied
-from treesurgeon.merge import spheres, trim
+from treesurgeon.core import needs, step, trim, varied
+from treesurgeon.merge import spheres
 
 _EPSILON = 1e-8
 _SMALL = 0.25

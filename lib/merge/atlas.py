@@ -31,9 +31,9 @@ import numpy as np
 import optax
 
 from treesurgeon import models as networks
+from treesurgeon.core import descend, needs, step
 from treesurgeon.core import model as model_lib
-from treesurgeon.core import needs, step
-from treesurgeon.merge import adamerging, descend, mixed_models, mixture
+from treesurgeon.merge import adamerging, mixed_models, mixture
 
 OBJECTIVES = ("nll", "entropy")
 

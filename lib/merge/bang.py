@@ -23,9 +23,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from treesurgeon import models as networks
+from treesurgeon.core import descend, needs, paths, step, tuning
 from treesurgeon.core import model as model_lib
-from treesurgeon.core import needs, paths, step
-from treesurgeon.merge import descend, mixed_models, tuning, wise_ft
+from treesurgeon.merge import mixed_models, wise_ft
 
 
 def smoothed(

@@ -34,9 +34,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from treesurgeon import models as networks
+from treesurgeon.core import descend, needs, step, tuning
 from treesurgeon.core import model as model_lib
-from treesurgeon.core import needs, step
-from treesurgeon.merge import adamerging, descend, mixed_models, mixture, tuning
+from treesurgeon.merge import adamerging, mixed_models, mixture
 
 PENALTIES = ("entropy", "consistency")
 

@@ -27,8 +27,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from treesurgeon import models as networks
+from treesurgeon.core import descend
 from treesurgeon.core import model as model_lib
-from treesurgeon.merge import descend
 
 MAPPINGS = ("exact", "prefix")
 

@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import leaves, model, needs, paths, step, varied
-from treesurgeon.merge import consensus, rows, trim
+from treesurgeon.core import leaves, model, needs, paths, step, trim, varied
+from treesurgeon.merge import consensus, rows
 from treesurgeon.merge import weights as weights_lib
 
 GRANULARITIES = ("tensor", "row", "global")

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from treesurgeon.core import descend, needs, step
 from treesurgeon.core import model as model_lib
-from treesurgeon.core import needs, step
-from treesurgeon.merge import adamerging, descend, mixed_models, mixture
+from treesurgeon.merge import adamerging, mixed_models, mixture
 from treesurgeon.models import preferences
 
 OPTIMIZERS = ("adamw", "sgd")

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from treesurgeon.core import needs, step, varied
-from treesurgeon.merge import trim
+from treesurgeon.core import needs, step, trim, varied
 from treesurgeon.merge import weights as weights_lib
 
 _TINY = 1e-6

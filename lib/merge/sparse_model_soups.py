@@ -24,9 +24,9 @@ import optax
 
 from treesurgeon import models as networks
 from treesurgeon.compress.prune import magnitude
+from treesurgeon.core import descend, needs, paths, step, tuning
 from treesurgeon.core import model as model_lib
-from treesurgeon.core import needs, paths, step
-from treesurgeon.merge import descend, mixed_models, mixture, tuning
+from treesurgeon.merge import mixed_models, mixture
 
 
 def average(copies: jax.Array, start: jax.Array) -> jax.Array:

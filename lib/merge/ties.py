@@ -23,8 +23,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import leaves, model, needs, paths, pieces, step, varied
-from treesurgeon.merge import consensus, trim
+from treesurgeon.core import leaves, model, needs, paths, pieces, step, trim, varied
+from treesurgeon.merge import consensus
 from treesurgeon.merge import weights as weights_lib
 
 GRANULARITIES = ("tensor", "global")

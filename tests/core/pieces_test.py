@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treesurgeon import registry
-from treesurgeon.core import model, pieces
+from treesurgeon.core import model, pieces, trim
 from treesurgeon.io import raw
-from treesurgeon.merge import trim
 from treesurgeon.run import collect, drivers
 
 RNG = np.random.default_rng(0)

@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from treesurgeon import models, registry
-from treesurgeon.core import model, needs
-from treesurgeon.merge import atlas, descend, mixed_models, mixture
+from treesurgeon.core import descend, model, needs
+from treesurgeon.merge import atlas, mixed_models, mixture
 from treesurgeon.run import collect, drivers
 
 SPEC = models.Spec(vocab_size=11, d_model=8, num_layers=2, num_heads=2, d_ff=12, max_positions=8)

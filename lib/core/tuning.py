@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a network inside a merge: what the merges that fine-tune before they average share.
+"""Train a network inside a step: what methods that train before they are done share.
 
 The parameters become float32 masters under their stored names (layers stacked), the step is
 compiled once by `descend.minimize`, and the result returns to the storage dtypes. Compressed leaves
@@ -78,7 +78,7 @@ def noted(m: model_lib.Model, note: Mapping[str, Any]) -> model_lib.Model:
 
 
 def over_model(apply: Callable[..., model_lib.Model], wants: Mapping[str, needs.Need]) -> step.Step:
-  """Make a step of a merge that trains all of a model.
+  """Make a step of a method that trains all of a model.
 
   Args:
     apply: (model, evidence, key) -> model.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learn the coefficients of a merge by gradient descent over batches.
+"""Learn arrays by gradient descent over batches: coefficients of a merge, weights, scales.
 
 One compiled step, whatever the number of batches; the loop runs over them in order, as often as the
 steps ask.

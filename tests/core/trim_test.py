@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from treesurgeon.merge import trim
+from treesurgeon.core import trim
 
 
 def by_sorting(arrays, k):
