@@ -43,7 +43,8 @@ def matmul(
 ) -> Float[Array, "*batch cols"]:
   """Multiply activations by a kernel matrix, dense or compressed.
 
-  A low-rank leaf is two thin products, a sum of leaves a sum of products in float32. Under
+  A low-rank leaf is two thin products, a sum of leaves or of rows a sum of products in float32,
+  a leaf of few different columns a product with those. Under
   `vmap`, `scan` over stacked leaves, and differentiation it behaves like `jnp.matmul`.
 
   Args:
@@ -82,7 +83,7 @@ def supported(x: Float[Array, "*batch rows"], leaf: Any) -> list[str]:
 
   Args:
     x: activations.
-    leaf: compressed leaf other than LowRank and Sum, which are composed of products.
+    leaf: compressed leaf other than those that are composed of products, such as LowRank and Sum.
 
   Returns:
     Names from `IMPLEMENTATIONS`, in order of preference.
@@ -107,6 +108,13 @@ def _product(x: jax.Array, leaf: Any, implementation: str | None) -> jax.Array:
     return leaf.scale * _product(thin, leaf.b, implementation)
   if isinstance(leaf, leaves.ActivationQuantized):
     return xla.integers(x, leaf)
+  if isinstance(leaf, leaves.ClusteredColumns):
+    return jnp.take(_product(x, leaf.centroids, implementation), leaf.index[0], axis=-1)
+  if isinstance(leaf, leaves.SplitRows):
+    few = leaf.first.shape[-2]
+    x = jnp.take(x, leaf.order(), axis=-1)
+    first = _product(x[..., :few], leaf.first, implementation)
+    return first + _product(x[..., few:], leaf.rest, implementation)
   if not leaves.is_leaf(leaf):
     return reference.dot(x, jnp.asarray(leaf).astype(x.dtype))
   if implementation is None:

@@ -87,7 +87,8 @@ def kind(leaf: Any) -> str:
     case leaves.SparseTensor():
       return f"{leaf.n}:{leaf.m} {leaf.dtype.name}"
     case leaves.Codebook():
-      return f"codebook {2**leaf.bits}x{leaf.length}"
+      tile = f"{leaf.length}" if leaf.width == 1 else f"{leaf.length}x{leaf.width}"
+      return f"codebook {leaf.codebook.shape[-2]}x{tile}"
     case leaves.LowRank():
       return f"rank {leaf.rank} {leaf.dtype.name}"
     case leaves.Outliers():
@@ -96,6 +97,17 @@ def kind(leaf: Any) -> str:
       how = "static" if leaf.scale is not None else f"per {leaf.per}"
       name = f"int{leaf.bits}" if leaf.format == "int" else leaf.format
       return f"{kind(leaf.weight)}, inputs {name} {how}"
+    case leaves.SignedLowRank():
+      return f"signs x rank {leaf.rank} {leaf.a.dtype.name}"
+    case leaves.ClusteredColumns():
+      return f"{leaf.centroids.shape[-1]} columns {kind(leaf.centroids)}"
+    case leaves.GroupSparse():
+      groups = -(-leaf.rows // leaf.group)
+      return f"{leaf.kept.shape[-2] // leaf.group} of {groups} groups, {kind(leaf.kept)}"
+    case leaves.SplitRows():
+      return f"{leaf.first.shape[-2]} rows {kind(leaf.first)}, others {kind(leaf.rest)}"
+    case leaves.Sum() if len({type(p) for p in leaf.parts}) == 1 and len(leaf.parts) > 2:
+      return f"{len(leaf.parts)} x ({kind(leaf.parts[0])})"
     case leaves.Sum():
       return " + ".join(kind(p) for p in leaf.parts)
     case _:

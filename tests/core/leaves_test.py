@@ -83,8 +83,47 @@ def activations(*batch):
   return leaves.ActivationQuantized(quantized(*batch), normal(*batch, 1, 1) if batch else None)
 
 
+def tables(*batch):
+  index = jnp.asarray(RNG.integers(0, 700, (*batch, 4, 2)).astype(np.uint16))
+  return leaves.Codebook(
+    packing.pack(index, bits=10), normal(*batch, 2 * 700, 6), 10, 4, 10, 3, normal(*batch, 1, 4),
+    width=2, books=2,
+  )  # fmt: skip
+
+
+def signed(*batch):
+  signs = jnp.asarray(RNG.integers(0, 2, (*batch, 10, 3)).astype(np.uint8))
+  order = jnp.asarray(RNG.integers(0, 9, (*batch, 1, 1)).astype(np.int32))
+  return leaves.SignedLowRank(
+    packing.pack(signs, bits=1), normal(*batch, 10, 2), normal(*batch, 2, 3), order
+  )
+
+
+def clustered(*batch):
+  index = jnp.asarray(RNG.integers(0, 4, (*batch, 1, 6)).astype(np.uint8))
+  return leaves.ClusteredColumns(normal(*batch, 10, 4), index)
+
+
+def marks(*batch, kept, of, cols):
+  """Draws packed marks, as many in every column."""
+  places = RNG.permuted(np.tile(np.arange(of), (*batch, cols, 1)), axis=-1) < kept
+  return packing.pack(jnp.asarray(np.moveaxis(places, -1, -2).astype(np.uint8)), bits=1)
+
+
+def groups(*batch):
+  return leaves.GroupSparse(
+    normal(*batch, 8, 3), marks(*batch, kept=2, of=3, cols=3), rows=10, group=4
+  )
+
+
+def split_rows(*batch):
+  few = leaves.LowRank(normal(*batch, 3, 2), normal(*batch, 2, 3))
+  return leaves.SplitRows(few, normal(*batch, 7, 3), marks(*batch, kept=3, of=10, cols=1))
+
+
 MAKERS = [
   quantized, sparse, codebook, low_rank, total, table, double, tiles, outliers, activations,
+  tables, signed, clustered, groups, split_rows,
 ]  # fmt: skip
 every_kind = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 
@@ -161,6 +200,57 @@ def test_codebook_by_definition():
       np.testing.assert_array_equal(leaf.dense()[2 * run : 2 * run + 2, c], entry)
 
 
+def test_wide_vectors_from_several_tables_with_scales_by_definition():
+  leaf = tables()
+  index = np.asarray(packing.unpack(leaf.codes, bits=10, rows=4), int)
+  dense = np.asarray(leaf.dense())
+  for r in range(10):
+    for c in range(4):
+      entry = leaf.codebook[700 * (c // 2) + index[r // 3, c // 2]]
+      expected = entry[2 * (r % 3) + c % 2] * leaf.scales[0, c]
+      np.testing.assert_allclose(dense[r, c], expected, rtol=1e-6)
+
+
+def test_a_table_shared_by_stacked_layers_survives_slicing():
+  one = codebook()
+  codes = jnp.stack([one.codes, one.codes[::-1]])
+  both = dataclasses.replace(
+    one, codes=codes, codebook=jnp.broadcast_to(one.codebook, (2, *one.codebook.shape))
+  )
+  for i in range(2):
+    alone = dataclasses.replace(one, codes=codes[i])
+    assert leaves.signature(paths.take(both, i)) == leaves.signature(alone)
+    np.testing.assert_array_equal(paths.take(both, i).dense(), alone.dense())
+
+
+def test_signed_low_rank_by_definition():
+  leaf = signed()
+  signs = 2.0 * np.asarray(packing.unpack(leaf.signs, bits=1, rows=10)) - 1
+  np.testing.assert_allclose(leaf.dense(), signs * (leaf.a @ leaf.b), rtol=1e-5, atol=1e-6)
+
+
+def test_clustered_columns_by_definition():
+  leaf = clustered()
+  np.testing.assert_array_equal(leaf.dense(), np.asarray(leaf.centroids)[:, leaf.index[0]])
+
+
+def test_group_sparse_by_definition():
+  leaf = groups()
+  mask, expected = np.asarray(leaf.places()), np.zeros((12, 3), np.float32)
+  for c in range(3):
+    for i, g in enumerate(np.flatnonzero(mask[:, c])):
+      expected[4 * g : 4 * g + 4, c] = leaf.kept[4 * i : 4 * i + 4, c]
+  np.testing.assert_array_equal(leaf.dense(), expected[:10])
+
+
+def test_split_rows_by_definition():
+  leaf = split_rows()
+  mask = np.asarray(packing.unpack(leaf.mask, bits=1, rows=10))[:, 0] == 1
+  expected = np.zeros((10, 3), np.float32)
+  expected[mask], expected[~mask] = leaf.first.dense(), leaf.rest
+  np.testing.assert_array_equal(leaf.dense(), expected)
+
+
 def test_low_rank_and_sum_by_definition():
   factors, whole = low_rank(), total()
   np.testing.assert_allclose(factors.dense(), 0.5 * factors.a @ factors.b, rtol=1e-5, atol=1e-6)
@@ -222,9 +312,7 @@ def test_storage_dtype():
 
 def test_errors():
   factors = {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 3))}
-  with pytest.raises(
-    ValueError, match="unknown leaf type 'Nibbles'; known: Activation"
-  ):
+  with pytest.raises(ValueError, match="unknown leaf type 'Nibbles'; known: Activation"):
     leaves.from_parts({"type": "Nibbles"}, {})
   with pytest.raises(ValueError, match="LowRank has no field 'c'; it has a, b, scale"):
     leaves.from_parts({"type": "LowRank"}, {**factors, "c": factors["a"]})

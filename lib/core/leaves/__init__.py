@@ -18,25 +18,33 @@ from treesurgeon.core.leaves.base import (
   nbytes,
   signature,
 )
+from treesurgeon.core.leaves.clustered import ClusteredColumns
 from treesurgeon.core.leaves.codebook import Codebook
 from treesurgeon.core.leaves.files import TYPES, from_parts, to_parts
+from treesurgeon.core.leaves.group_sparse import GroupSparse
 from treesurgeon.core.leaves.inputs import ActivationQuantized
 from treesurgeon.core.leaves.low_rank import LowRank
 from treesurgeon.core.leaves.outliers import Outliers
 from treesurgeon.core.leaves.quantized import QuantizedTensor
+from treesurgeon.core.leaves.signed import SignedLowRank
 from treesurgeon.core.leaves.sparse import SparseTensor
+from treesurgeon.core.leaves.split_rows import SplitRows
 from treesurgeon.core.leaves.summed import Sum
 
 __all__ = [
   "TYPES",
   "ActivationQuantized",
+  "ClusteredColumns",
   "Codebook",
   "Compressed",
+  "GroupSparse",
   "Leaf",
   "LowRank",
   "Outliers",
   "QuantizedTensor",
+  "SignedLowRank",
   "SparseTensor",
+  "SplitRows",
   "Sum",
   "bits_per_weight",
   "container",

@@ -7,12 +7,16 @@ from typing import Any
 
 from treesurgeon.core.leaves import (
   base,
+  clustered,
   codebook,
+  group_sparse,
   inputs,
   low_rank,
   outliers,
   quantized,
+  signed,
   sparse,
+  split_rows,
   summed,
 )
 
@@ -20,7 +24,8 @@ TYPES: Mapping[str, type] = {
   c.__name__: c
   for c in (
     quantized.QuantizedTensor, sparse.SparseTensor, codebook.Codebook, low_rank.LowRank,
-    outliers.Outliers, inputs.ActivationQuantized, summed.Sum,
+    outliers.Outliers, inputs.ActivationQuantized, summed.Sum, split_rows.SplitRows,
+    signed.SignedLowRank, clustered.ClusteredColumns, group_sparse.GroupSparse,
   )
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every implementation of matmul against float64 numpy, and under the transformations."""
 
+import dataclasses
 import functools
 
 import jax
@@ -28,7 +29,7 @@ def close(y, expected, dtype="float32"):
 def with_group_index(leaf, seed=0):
   groups = leaf.scales.shape[-2]
   index = np.random.default_rng(seed).integers(0, groups, (1, leaf.rows)).astype(np.int32)
-  return leaves.dataclasses.replace(leaf, group_index=jnp.asarray(index))
+  return dataclasses.replace(leaf, group_index=jnp.asarray(index))
 
 
 def sparse():
@@ -72,7 +73,19 @@ def test_group_index(name, implementation):
   close(kernels.matmul(x, leaf, implementation=implementation), exact(x, leaf))
 
 
-@pytest.mark.parametrize("make", [sparse, codebook, low_rank])
+def clustered():
+  index = jax.random.randint(KEY, (1, 5), 0, 3).astype(jnp.uint8)
+  return leaves.ClusteredColumns(jax.random.normal(KEY, (16, 3)), index)
+
+
+def split_rows():
+  mask = np.zeros((16, 1), np.uint8)
+  mask[[3, 7]] = 1
+  few, rest = jax.random.normal(KEY, (2, 5)), leaves.LowRank(jnp.ones((14, 2)), jnp.ones((2, 5)))
+  return leaves.SplitRows(few, rest, packing.pack(jnp.asarray(mask), bits=1))
+
+
+@pytest.mark.parametrize("make", [sparse, codebook, low_rank, clustered, split_rows])
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
 def test_other_leaves(make, batch):
   leaf = make()
