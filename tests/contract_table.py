@@ -101,6 +101,7 @@ ROWS = (
   Row("adapt.lora", {"rank": 4}),
   Row("adapt.merge", prepare=adapted, reduces=True),
   Row("compress.prune.magnitude", neutral={"sparsity": 0.0}),
+  Row("compress.prune.sparsegpt", neutral={"sparsity": 0.0}, reduces=True),
   Row("compress.prune.wanda", neutral={"sparsity": 0.0}),
   Row("compress.quantize.gptq", {"bits": 3, "group_size": 8}, {"bits": 4}, quantized, reduces=True),
   Row("compress.quantize.rtn", {"bits": 3, "group_size": 8}, {"bits": 4}, quantized),

@@ -10,6 +10,14 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/prune/prune_test.py",
     note="one shot, no retraining",
   ),
+  "compress.prune.sparsegpt": entries.Entry(
+    factory="treesurgeon.compress.prune.sparsegpt:sparsegpt",
+    paper="Frantar and Alistarh, SparseGPT: Massive language models can be accurately pruned in "
+    "one-shot, 2023, arXiv 2301.00774",
+    oracle="tests/compress/prune/sparsegpt_test.py",
+    note="keeps what llm-compressor 0.14 keeps, tests/peers/prune_test.py; bits=4 quantizes what "
+    "stays on the way",
+  ),
   "compress.prune.wanda": entries.Entry(
     factory="treesurgeon.compress.prune.wanda:wanda",
     paper="Sun et al., A simple and effective pruning approach (Wanda), 2023, arXiv 2306.11695",

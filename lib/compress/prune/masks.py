@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from treesurgeon.core import leaves, packing
+from treesurgeon.core import leaves, packing, trim
 
 
 def unstructured(
@@ -20,7 +20,7 @@ def unstructured(
   """Keep all but the `int(sparsity * n)` lowest scores of every column or matrix.
 
   Args:
-    score: importance of each weight.
+    score: importance of each weight, not negative.
     sparsity: fraction to prune, 0 to 1.
     per: "column" (an output) or "matrix": what has its weights compared.
 
@@ -32,10 +32,64 @@ def unstructured(
     [True, False]
   """
   *batch, rows, cols = score.shape
-  flat = score if per == "column" else score.reshape(*batch, rows * cols, 1)
-  count = flat.shape[-2]
-  keep = _rank(flat) < count - int(sparsity * count)
-  return keep.reshape(score.shape)
+  if per == "column":
+    return top(score, rows - int(sparsity * rows))
+  count = rows * cols - int(sparsity * rows * cols)
+  flat = score.reshape(-1, rows, cols)
+  return jax.vmap(lambda s: largest((s,), count)[0])(flat).reshape(score.shape)
+
+
+def top(
+  score: Float[Array, "*batch rows cols"], count: int | Int[Array, ""]
+) -> Bool[Array, "*batch rows cols"]:
+  """Keep the highest scores of every column.
+
+  Args:
+    score: importance of each weight, not negative.
+    count: how many to keep, 0 to all; may be traced.
+
+  Returns:
+    True where the weight is kept.
+
+  Example:
+    >>> top(jnp.array([[1.0], [2.0], [1.0]]), 2)[:, 0].tolist()
+    [True, True, False]
+  """
+  # Floats that are not negative are ordered as their bit patterns, so counting finds the threshold.
+  bits = jax.lax.bitcast_convert_type(score.astype(jnp.float32), jnp.int32)
+  shape = (*bits.shape[:-2], 1, bits.shape[-1])
+
+  def halve(_: jax.Array, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    low, high = ends
+    middle = low + (high - low) // 2
+    enough = (bits >= middle).sum(axis=-2, keepdims=True, dtype=jnp.int32) >= count
+    return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+  ends = jnp.zeros(shape, jnp.int32), jnp.full(shape, 2**31 - 1, jnp.int32)
+  least, _ = jax.lax.fori_loop(0, 31, halve, ends)
+  above, tied = bits > least, bits == least
+  left = count - above.sum(axis=-2, keepdims=True, dtype=jnp.int32)
+  return above | (tied & (jnp.cumsum(tied, axis=-2, dtype=jnp.int32) <= left))
+
+
+def largest(scores: tuple[Float[Array, "..."], ...], count: int) -> tuple[Bool[Array, "..."], ...]:
+  """Keep the highest scores of several arrays, compared as one.
+
+  Args:
+    scores: importance of each weight, not negative.
+    count: how many to keep, 0 to all.
+
+  Returns:
+    For each array, True where the weight is kept.
+
+  Example:
+    >>> [k.tolist() for k in largest((jnp.array([3.0, 1.0]), jnp.array([2.0])), 2)]
+    [[True, False], [True]]
+  """
+  if not 0 < count < sum(s.size for s in scores):
+    return tuple(jnp.full(s.shape, bool(count)) for s in scores)
+  threshold, ties = trim.cut(scores, count)
+  return tuple(trim.kept(s, threshold, t) for s, t in zip(scores, ties, strict=True))
 
 
 def n_of_m(
@@ -59,10 +113,31 @@ def n_of_m(
     [True, False, True, False]
   """
   *batch, rows, cols = score.shape
-  if rows % m:
-    raise ValueError(f"{n}:{m} sparsity needs a multiple of {m} input rows; the kernel has {rows}")
+  check_rows(rows, (n, m))
   runs = score.reshape(*batch, rows // m, m, cols)
-  return (_rank(runs) < n).reshape(score.shape)
+  mine, other = runs[..., :, None, :], runs[..., None, :, :]
+  before = jnp.tri(m, k=-1, dtype=bool)  # [i, j]: j comes before i
+  before = before.reshape((1,) * (len(batch) + 1) + (m, m, 1))
+  rank = ((other > mine) | ((other == mine) & before)).sum(axis=-2)
+  return (rank < n).reshape(score.shape)
+
+
+def check_rows(rows: int, pattern: tuple[int, int] | None) -> None:
+  """Refuse a kernel that a pattern does not fit.
+
+  Args:
+    rows: its input dimension.
+    pattern: (n, m), or None, which fits any.
+
+  Raises:
+    ValueError: if the rows are not a multiple of m.
+
+  Example:
+    >>> check_rows(8, (2, 4))
+  """
+  if pattern is not None and rows % pattern[1]:
+    n, m = pattern
+    raise ValueError(f"{n}:{m} sparsity needs a multiple of {m} input rows; the kernel has {rows}")
 
 
 def pack_n_of_m(
@@ -93,6 +168,24 @@ def pack_n_of_m(
   bits = max(1, (m - 1).bit_length())
   codes = packing.pack(place.astype(jnp.uint8).reshape(flat), bits=bits)
   return leaves.SparseTensor(values.reshape(flat), codes, rows, cols, n, m)
+
+
+def pack_nonzero(w: Float[Array, "*batch rows cols"], pattern: tuple[int, int]) -> Any:
+  """Store a kernel that is pruned to a pattern already.
+
+  Args:
+    w: weights, of which at most n of every m rows are not zero.
+    pattern: (n, m).
+
+  Returns:
+    The leaf.
+
+  Example:
+    >>> pack_nonzero(jnp.array([[0.0], [1.0]]), (1, 2)).values.tolist()
+    [[1.0]]
+  """
+  n, m = pattern
+  return pack_n_of_m(w, n_of_m((w != 0).astype(jnp.float32), n=n, m=m), n=n, m=m)
 
 
 def apply(
@@ -160,9 +253,3 @@ def read(*, sparsity: float, pattern: str | None, packed: bool) -> tuple[int, in
       f"pattern={pattern!r}: valid is 'n:m', n of m kept, 1 <= n <= m <= 256, like '2:4'"
     )
   return n, m
-
-
-def _rank(score: jax.Array) -> jax.Array:
-  """Rank along the row axis, 0 the highest, the earlier of equals first."""
-  order = jnp.argsort(-score, axis=-2, stable=True)
-  return jnp.argsort(order, axis=-2)
