@@ -7,8 +7,12 @@ mapping from address to value.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
+
+import jax
+
+from treesurgeon.core import paths
 
 Evidence = Mapping[str, Any]
 
@@ -68,7 +72,58 @@ class Batches:
   of: Literal["model", "donors"] = "model"
 
 
-Need = Statistic | Donors | Requests | Batches
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """What goes into blocks and what should come out, for steps that tune a block as a whole.
+
+  The evidence is a mapping from a block's name, "layers/3", to its `Block`.
+
+  Attributes:
+    select: regular expression over addresses; blocks that hold a match are wanted. None means the
+      step's own selection.
+  """
+
+  select: str | None = None
+
+
+Need = Statistic | Donors | Requests | Batches | Blocks
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Block:
+  """One block on the calibration data, before anything in it is changed.
+
+  Attributes:
+    inputs: what enters it now that the blocks before it were changed, (rows, places, width); from
+      the driver `run`, which changes them all at once, what enters it in the model as it was.
+    targets: what it gives in the model as it was, on that model's own hidden states.
+    params: its leaves, nested.
+    layer: its index.
+    call: (params, h, layer) -> the block's output; one object for all blocks of a network.
+  """
+
+  inputs: Any
+  targets: Any
+  params: Any
+  layer: Any
+  call: Callable[[Any, Any, Any], Any] = dataclasses.field(metadata={"static": True})
+
+  def forward(self, changes: Mapping[str, Any], h: Any) -> Any:
+    """Run the block with some of its leaves replaced.
+
+    Args:
+      changes: relative address ("mlp/up/kernel") to leaf, array or compressed; the others stay.
+      h: some rows of the inputs.
+
+    Returns:
+      The block's output.
+    """
+    kept = paths.walk(self.params)
+    unknown = [a for a in changes if a not in kept]
+    if unknown:
+      raise ValueError(f"{unknown[0]!r} is not in the block, which holds {', '.join(kept)}")
+    return self.call(paths.nest({**kept, **changes}), h, self.layer)
 
 
 @runtime_checkable

@@ -57,7 +57,7 @@ def like(out: Any, w: Any) -> Any:
 
   Args:
     out: concrete arrays.
-    w: the leaf, or tree of leaves, that the result replaces.
+    w: the leaf, or tree of leaves, that the result replaces; where both are mappings, name by name.
 
   Returns:
     The arrays on `w`'s mesh; trailing axes are placed as those of `w`'s first array are.
@@ -66,6 +66,8 @@ def like(out: Any, w: Any) -> Any:
     >>> like(jax.numpy.ones(2), jax.numpy.ones(2)).tolist()
     [1.0, 1.0]
   """
+  if isinstance(out, Mapping) and isinstance(w, Mapping) and set(out) <= set(w):
+    return {name: like(x, w[name]) for name, x in out.items()}
   at = next((getattr(x, "sharding", None) for x in jax.tree.leaves(w)), None)
   if not isinstance(at, jax.NamedSharding) or at.mesh.size == 1:
     return out

@@ -192,6 +192,7 @@ def over_leaves(
   random: bool = False,
   raw: bool = False,
   split: bool | Callable[..., Sequence[Mapping[str, Any]]] = False,
+  shared: str = "",
   scope: Literal["leaf", "block"] = "leaf",
 ) -> Step:
   """Lift an array function to a step that changes every selected leaf by itself.
@@ -218,6 +219,9 @@ def over_leaves(
     split: whether `fn` treats entries independently, so that a large host array may go through in
       pieces of rows (`core.pieces`); or a function that makes it so: `split(w, donors, bounds,
       **hyper)` -> further evidence for every piece.
+    shared: one of `wants`. Leaves for which it is one object, as for all kernels that the same
+      inputs feed, go through `fn` together, a tuple in and a tuple out, so that what is computed
+      from it is computed once. Other evidence comes as tuples; without `knobs`, `random`, `split`.
     scope: "block" if a driver should recompute inputs between blocks.
 
   Returns:
@@ -237,9 +241,19 @@ def over_leaves(
 
   def apply(m: model.Model, evidence: needs_lib.Evidence, key: jax.Array) -> model.Model:
     changes = {}
-    for address in m.addresses():
-      if not re.fullmatch(pattern, address):
-        continue
+    chosen = [a for a in m.addresses() if re.fullmatch(pattern, a)]
+    if shared:
+      for some in _alike(chosen, evidence[shared], hyper):
+        w = tuple(m.leaf(a) for a in some)
+        given = {name: tuple(evidence[name][a] for a in some) for name in wants}
+        given[shared] = given[shared][0]
+        if not raw:
+          w, given = leaves.map_leaves(leaves.dense, (w, given))
+        static = {name: varied.at(v, some[0]) for name, v in hyper.items()}
+        made = compiled(fn, tuple(sorted(static.items())))(w, given)
+        changes.update(zip(some, made, strict=True))
+      return m.update(changes)
+    for address in chosen:
       w = m.leaf(address)
       given = {name: evidence[name][address] for name in wants}
       static = {name: varied.at(v, address) for name, v in hyper.items()}
@@ -258,7 +272,7 @@ def over_leaves(
       others = given[donors] if donors else ()
       where = pieces.bounds(w, others) if split else None
       if where is None:
-        changes[address] = call(w, given)
+        changes[address] = _naming(address, call, w, given)
       else:
         more = split(w, others, where, **static) if callable(split) else None
         made = pieces.through(call, w, given, donors, where, more)
@@ -274,7 +288,7 @@ def over_leaves(
       fn, hyper=hyper, knobs=knobs, check=check,
       select=narrower if select is None else both(select, narrower),
       default=default, domain=domain, wants=wants, random=random, raw=raw, split=split,
-      scope=scope,
+      shared=shared, scope=scope,
     )  # fmt: skip
 
   return Step(_aim(wants, pattern), apply, scope, {}, units, reselect)
@@ -361,6 +375,90 @@ def over_groups(
     )  # fmt: skip
 
   return Step(_aim(wants, both(groups, select)), apply, scope, {}, units, reselect)
+
+
+def over_blocks(
+  fn: Callable[..., Mapping[str, Any]],
+  *,
+  hyper: Mapping[str, Any],
+  knobs: Mapping[str, Any] | None = None,
+  wants: Mapping[str, needs_lib.Need] | None = None,
+  select: str | None = None,
+  default: str = BLOCK_KERNELS,
+  domain: str = KERNELS,
+  random: bool = False,
+  raw: bool = False,
+) -> Step:
+  """Lift a function that tunes the selected leaves of a block together, to keep its output.
+
+  Compiled once for all blocks of equal structure: what differs between them is data.
+
+  Args:
+    fn: `fn(w, *, inputs, targets, forward, **evidence, **hyper)` -> {relative address: leaf}. `w`
+      holds the selected leaves by relative address, "mlp/up/kernel"; inputs and targets are those
+      of `needs.Block`, and `forward(changes, h)` is the block's output with some leaves replaced,
+      so `forward({}, inputs)` is what the block as it was gives on the changed inputs. Evidence
+      is {relative address: value}. Defined at the top of a module, as for `over_leaves`.
+    hyper: keyword arguments of `fn`, hashable.
+    knobs: further keyword arguments, numbers or tuples of numbers, data to the compiled program.
+    wants: evidence by name, besides the block itself.
+    select: which addresses, a regular expression; None means `default`.
+    default: the selection when the user names none.
+    domain: what the method can work on at all; what lies outside the layers is left out.
+    random: whether `fn` takes a key, which depends on the block's name alone.
+    raw: whether `fn` takes compressed leaves as they are; otherwise they come dense.
+
+  Returns:
+    The step.
+
+  Example:
+    >>> half = over_blocks(lambda w, inputs, targets, forward: {a: x / 2 for a, x in w.items()},
+    ...   hyper={})
+    >>> list(half.needs), half.scope
+    (['block'], 'block')
+    >>> half.units(["layers/0/up/kernel", "layers/0/norm/scale", "layers/1/up/kernel"])
+    [('layers/0/up/kernel',), ('layers/1/up/kernel',)]
+  """
+  chosen = default if select is None else select
+  domain = both(domain, r"layers/\d+/.*")
+  pattern = both(chosen, domain)
+  others = dict(wants or {})
+  turned = jax.tree.map(np.float32, dict(knobs or {}))
+  call = compiled(_tuned, (("fn", fn), ("hyper", tuple(sorted(hyper.items())))))
+
+  def gather(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+      if re.fullmatch(pattern, name):
+        _, layer, relative = name.split("/", 2)
+        found.setdefault(f"layers/{layer}", {})[relative] = name
+    return found
+
+  def apply(m: model.Model, evidence: needs_lib.Evidence, key: jax.Array) -> model.Model:
+    changes = {}
+    for name, held in gather(m.addresses()).items():
+      w = {r: m.leaf(a) for r, a in held.items()}
+      given = {n: {r: evidence[n][a] for r, a in held.items()} for n in others}
+      if not raw:
+        w, given = leaves.map_leaves(leaves.dense, (w, given))
+      if random:
+        given["key"] = leaf_key(key, name)
+      out = _naming(name, call, w, {"block": evidence["block"][name], "more": {**given, **turned}})
+      changes.update({held[r]: x for r, x in out.items()})
+    return m.update(changes)
+
+  def units(names: Sequence[str]) -> Units:
+    paths.select([n for n in names if re.fullmatch(domain, n)], chosen)
+    return [tuple(held.values()) for held in gather(names).values()]
+
+  def reselect(narrower: str) -> Step:
+    return over_blocks(
+      fn, hyper=hyper, knobs=knobs, wants=wants, default=default, domain=domain, random=random,
+      raw=raw, select=narrower if select is None else both(select, narrower),
+    )  # fmt: skip
+
+  all_wants = {"block": needs_lib.Blocks(), **others}
+  return Step(_aim(all_wants, pattern), apply, "block", {}, units, reselect)
 
 
 def by_path(rules: Sequence[tuple[str, Transform]]) -> Transform:
@@ -488,18 +586,51 @@ def both(a: str, b: str) -> str:
   return a if a == b else rf"(?=(?:{a})\Z)(?:{b})"
 
 
+def _naming(address: str, call: Callable[[Any, Any], Any], w: Any, given: Any) -> Any:
+  """Call a method on a leaf; what it says of shapes shall tell whose."""
+  try:
+    return call(w, given)
+  except ValueError as error:
+    raise ValueError(f"{address}: {error}") from error
+
+
 def _donor_count(wants: Mapping[str, needs_lib.Need], given: Mapping[str, Any]) -> int:
   return sum(len(given[n]) for n, need in wants.items() if isinstance(need, needs_lib.Donors))
+
+
+def _alike(
+  addresses: Sequence[str], evidence: Mapping[str, Any], hyper: Mapping[str, Any]
+) -> list[list[str]]:
+  """Sort addresses into lists that agree in their evidence, as an object, and hyper-parameters."""
+  held = {a: evidence[a] for a in addresses}  # alive together, else two might share an id
+  found: dict[Any, list[str]] = {}
+  for a, value in held.items():
+    key = id(value), tuple(varied.at(v, a) for v in hyper.values())
+    found.setdefault(key, []).append(a)
+  return list(found.values())
 
 
 def _aim(wants: Mapping[str, needs_lib.Need], pattern: str) -> dict[str, needs_lib.Need]:
   """Point statistics without a selection of their own at the step's."""
   return {
     name: dataclasses.replace(need, select=pattern)
-    if isinstance(need, needs_lib.Statistic) and need.select is None
+    if isinstance(need, needs_lib.Statistic | needs_lib.Blocks) and need.select is None
     else need
     for name, need in wants.items()
   }
+
+
+def _tuned(
+  w: Any,
+  block: needs_lib.Block,
+  more: Mapping[str, Any],
+  *,
+  fn: Callable[..., Any],
+  hyper: tuple[tuple[str, Any], ...],
+) -> Mapping[str, Any]:
+  """Take a block's evidence apart, inside the compiled program."""
+  told = {"inputs": block.inputs, "targets": block.targets, "forward": block.forward}
+  return fn(w, **told, **more, **dict(hyper))
 
 
 def _compile(pattern: str) -> None:

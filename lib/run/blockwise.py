@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from treesurgeon import models
 from treesurgeon.core import model as model_lib
 from treesurgeon.core import needs, paths, step
 from treesurgeon.run import collect, donors, progress, statistics
@@ -40,31 +41,53 @@ def walk(
   chosen = {a for unit in units for a in unit}
   asked = {n: w for n, w in one.needs.items() if isinstance(w, needs.Statistic)}
   taps = {n: w for n, w in asked.items() if w.fold != "fisher"}
-  given = collect.given(one, model, materials, [n for n in one.needs if n not in taps])
+  tuned = {n: w for n, w in one.needs.items() if isinstance(w, needs.Blocks)}
+  rest = [n for n in one.needs if n not in taps and n not in tuned]
+  given = collect.given(one, model, materials, rest)
   passes = _passes(one, taps, model, materials, names)
   # Donors that share their batches share the hidden states: blocks passed are those of the result.
   feeds = {id(p.batches): p.batches for p in passes}
+  if tuned:
+    feeds[id(materials.batches)] = materials.batches
   depth = paths.num_layers(model.params)
   last = max((depth if -1 in p.per_layer else max(p.per_layer) for p in passes), default=-1)
+  blocks = {n: statistics.block_layers(names, w.select) for n, w in tuned.items()}
+  last_tuned = max((layers[-1] for layers in blocks.values()), default=-1)
+  last = max(last, last_tuned)
   aux = dict(model.aux)
 
-  def change(part: Mapping[str, Any], states: list[Any], layer: int) -> dict[str, Any]:
+  def change(
+    part: Mapping[str, Any], states: list[Any], layer: int, data: needs.Block | None = None
+  ) -> dict[str, Any]:
     if not part:
       return {}
     seen = [p.covered(layer, s) for p, s in zip(passes, states, strict=True)]
     old = model_lib.Part(model.spec, part, aux=aux)
-    new = one.apply(old, {**given, **_evidence(taps, passes, seen)}, key)
+    mine = {n: {f"layers/{layer}": data} if layer in blocks[n] else {} for n in tuned}
+    new = one.apply(old, {**given, **_evidence(taps, passes, seen), **mine}, key)
     aux.update(merged(aux, new.aux))
     return changes(old, new)
 
   early = {a: model.leaf(a) for a in names if a in chosen and a.startswith("embed/")}
+  # The hidden states of the model as it was, for what blocks should give.
+  clean = [statistics.embed(model, b) for b in materials.batches] if tuned else []
   model = model.update(change(early, [p.at_embedding(model) for p in passes], -2))
   hidden = {i: [statistics.embed(model, b) for b in batches] for i, batches in feeds.items()}
   news: dict[str, Any] = {}
   for layer, place, tree in progress.track(_by_layer(model.params), "blocks"):
     part = {f"layers/{layer}/{s}": paths.take(x, place) for s, x in paths.walk(tree).items()}
     states = [p.through(model.spec, tree, place, hidden[id(p.batches)], layer) for p in passes]
-    new = change({a: x for a, x in part.items() if a in chosen}, states, layer)
+    data = None
+    if layer <= last_tuned:
+      clean = [
+        statistics.through_block(model.spec, tree, h, layer, (), None, index=place)[0]
+        for h in clean
+      ]
+      if any(layer in layers for layers in blocks.values()):
+        inputs = statistics.whole(hidden[id(materials.batches)])
+        nested = paths.nest({a.split("/", 2)[2]: x for a, x in part.items()})
+        data = statistics.block(model.spec, nested, layer, inputs, statistics.whole(clean))
+    new = change({a: x for a, x in part.items() if a in chosen}, states, layer, data)
     news.update(new)
     if layer >= last:
       continue  # nobody asks what comes out
@@ -134,15 +157,23 @@ class _Pass:
     where: int | None = place
     if self.donor is not None:
       tree, where = donors.layer(self.donor, layer), None
+    first = 0
     for h in hidden:
-      _, states = statistics.through_block(spec, tree, h, layer, pairs, states, index=where)
+      _, states = statistics.through_block(
+        spec, tree, h, layer, pairs, states, index=where, first=first
+      )
+      first += len(h)
     return states
 
   def at_embedding(self, model: model_lib.Model) -> Any:
     pairs, states = self.per_layer.get(-2, ()), None
     params = model.params if self.donor is None or not pairs else donors.outer(self.donor)
+    first = 0
     for batch in self.batches if pairs else ():
-      states = statistics.at_embedding(model.replace(params=params), batch, pairs, states)
+      states = statistics.at_embedding(
+        model.replace(params=params), batch, pairs, states, first=first
+      )
+      first += len(models.inputs(batch))
     return states
 
   def at_head(self, model: model_lib.Model, hidden: list[Any]) -> Any:
@@ -150,8 +181,10 @@ class _Pass:
     if not pairs:
       return None
     params = model.params if self.donor is None else donors.outer(self.donor)
+    first = 0
     for h in hidden:
-      states = statistics.at_head(model.spec, params, h, pairs, states)
+      states = statistics.at_head(model.spec, params, h, pairs, states, first=first)
+      first += len(h)
     return states
 
   def covered(self, layer: int, states: Any) -> dict[tuple[str, str], Any]:

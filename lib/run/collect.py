@@ -108,7 +108,9 @@ def given(
     out |= donors_lib.gather(theirs, found, dealt, model.addresses())
   for name in names:
     need = one.needs[name]
-    if not isinstance(need, needs.Statistic):
+    if isinstance(need, needs.Blocks):
+      out[name] = statistics.blocks(model, materials.batches, select=need.select)
+    elif not isinstance(need, needs.Statistic):
       out[name] = brought(one, need, model, materials)
   return out
 
@@ -124,15 +126,16 @@ def require(one: step.Step, materials: Materials) -> None:
     ValueError: naming the step and what it lacks.
   """
   for need in one.needs.values():
-    if isinstance(need, needs.Statistic | needs.Batches):
-      own = materials.donor_batches if need.of == "donors" else ()
+    if isinstance(need, needs.Statistic | needs.Batches | needs.Blocks):
+      theirs = not isinstance(need, needs.Blocks) and need.of == "donors"
+      own = materials.donor_batches if theirs else ()
       for i, batches in enumerate(own or [materials.batches]):
         whose = f" for donor {i}" if own else ""
         if iter(batches) is batches:
           raise ValueError(f"{one!r}: calibration batches are read more than once; give a list")
         if hasattr(batches, "__len__") and not len(batches):  # pyright: ignore[reportArgumentType]
           raise ValueError(f"{one!r} needs calibration text{whose} and none was given")
-      if need.of == "donors" and (count := _donor_count(one, materials)):
+      if theirs and (count := _donor_count(one, materials)):
         donors_lib.deal(materials.batches, own, count)
     elif isinstance(need, needs.Donors):
       if need.models and materials.open_model is None:

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from treesurgeon import stats
+from treesurgeon import models, stats
 from treesurgeon.core import model as model_lib
 from treesurgeon.core import needs, paths, step
+from treesurgeon.run import statistics
 
 
 def dry_run(transform: step.Transform, model: model_lib.Model, *, donors: int = 1) -> Any:
@@ -60,6 +61,8 @@ def _evidence(need: needs.Need, model: model_lib.Model, names: list[str], donors
   """Make evidence of shapes only."""
   if isinstance(need, needs.Donors):
     return {a: (model.leaf(a),) * donors for a in names}
+  if isinstance(need, needs.Blocks):
+    return _blocks(need, model, names)
   if not isinstance(need, needs.Statistic):
     return []
   out = {}
@@ -72,6 +75,19 @@ def _evidence(need: needs.Need, model: model_lib.Model, names: list[str], donors
     if need.of == "donors":
       out[address] = (out[address],) * donors
   return out
+
+
+def _blocks(need: needs.Blocks, model: model_lib.Model, names: list[str]) -> dict[str, needs.Block]:
+  """Make blocks' evidence of shapes only: two examples, of two tokens if it is a language model."""
+  statistics.block_layers(names, need.select)
+  shape = (model.spec.features,) if isinstance(model.spec, models.VisionSpec) else (2,)
+  kind = jnp.float32 if isinstance(model.spec, models.VisionSpec) else jnp.int32
+  batch = jax.ShapeDtypeStruct((2, *shape), kind)
+
+  def blocks(params: Any, batch: Any) -> dict[str, needs.Block]:
+    return statistics.blocks(model.replace(params=params), [batch], select=need.select)
+
+  return jax.eval_shape(blocks, model.params, batch)
 
 
 def _bare(x: Any) -> jax.ShapeDtypeStruct:

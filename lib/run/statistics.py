@@ -5,6 +5,7 @@ One compiled program a layer structure, in which only what is asked for is compu
 drivers call the parts; `collect.evidence` calls the whole.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -78,18 +79,126 @@ def tap_statistics(
   if -1 in per_layer:
     last = paths.num_layers(model.params) - 1
   states: dict[int, Any] = {}
+  first = 0
   for batch in batches:
     if -2 in per_layer:
-      states[-2] = at_embedding(model, batch, per_layer[-2], states.get(-2))
+      states[-2] = at_embedding(model, batch, per_layer[-2], states.get(-2), first=first)
     h = embed(model, batch)
     for start, stop, tree in paths.segments(model.params):
       for i in range(start, min(stop, last + 1)):
         h, states[i] = through_block(
-          model.spec, tree, h, i, per_layer.get(i, ()), states.get(i), index=i - start
+          model.spec, tree, h, i, per_layer.get(i, ()), states.get(i), index=i - start, first=first
         )
     if -1 in per_layer:
-      states[-1] = at_head(model.spec, model.params, h, per_layer[-1], states.get(-1))
+      states[-1] = at_head(model.spec, model.params, h, per_layer[-1], states.get(-1), first=first)
+    first += len(h)
   return covered(want, states)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A network's blocks as one function, see `needs.Block`.
+
+  Attributes:
+    spec: the architecture.
+  """
+
+  spec: Any
+
+  def __call__(self, params: Any, h: jax.Array, layer: Any) -> jax.Array:
+    """Run one block."""
+    return models.block(self.spec, params, h, layer=layer)[0]
+
+
+def blocks(
+  model: model_lib.Model, batches: Iterable[Any], *, select: str | None = None
+) -> dict[str, needs.Block]:
+  """Collect what goes into blocks and comes out of them, in the model as it is.
+
+  Args:
+    model: the model.
+    batches: of one length.
+    select: regular expression over addresses; blocks that hold a match are wanted.
+
+  Returns:
+    Block's name to its data. A block's targets are the next one's inputs.
+
+  Raises:
+    ValueError: if nothing is selected, there is no batch, or batches differ in length.
+  """
+  want = block_layers(model.addresses(), select)
+  hidden = [embed(model, batch) for batch in batches]
+  inputs, out = whole(hidden), {}
+  for start, stop, tree in paths.segments(model.params):
+    for i in range(start, min(stop, want[-1] + 1)):
+      hidden = [through_block(model.spec, tree, h, i, (), None, index=i - start)[0] for h in hidden]
+      targets = whole(hidden)
+      if i in want:
+        nested = paths.nest({k: paths.take(x, i - start) for k, x in paths.walk(tree).items()})
+        out[f"layers/{i}"] = block(model.spec, nested, i, inputs, targets)
+      inputs = targets
+  return out
+
+
+def block(spec: Any, params: Any, layer: int, inputs: jax.Array, targets: jax.Array) -> needs.Block:
+  """Make the evidence of one block.
+
+  Args:
+    spec: architecture.
+    params: the layer's leaves, nested.
+    layer: which layer.
+    inputs: see `needs.Block`.
+    targets: see `needs.Block`.
+
+  Returns:
+    The evidence.
+  """
+  return needs.Block(inputs, targets, meshes.to_auto(params), jnp.int32(layer), Network(spec))
+
+
+def whole(batches: Sequence[jax.Array]) -> jax.Array:
+  """Join the hidden states of all batches.
+
+  Args:
+    batches: hidden states.
+
+  Returns:
+    One array, examples first.
+
+  Raises:
+    ValueError: if there are none, or they differ in length.
+
+  Example:
+    >>> whole([jnp.ones((2, 3, 4)), jnp.ones((1, 3, 4))]).shape
+    (3, 3, 4)
+  """
+  shapes = {h.shape[1:] for h in batches}
+  if len(shapes) != 1:
+    raise ValueError(
+      "to tune blocks, all calibration batches must have one length; there are "
+      + (" and ".join(str(s[0]) for s in sorted(shapes)) or "none")
+    )
+  return jnp.concatenate(batches) if len(batches) > 1 else batches[0]
+
+
+def block_layers(names: Sequence[str], select: str | None) -> list[int]:
+  """List the layers that hold a selected address.
+
+  Args:
+    names: all addresses.
+    select: regular expression; None means every kernel inside the layers.
+
+  Returns:
+    Layer indices, ascending.
+
+  Raises:
+    ValueError: if there is none.
+
+  Example:
+    >>> block_layers(["layers/0/up/kernel", "layers/1/up/kernel"], "layers/1/.*")
+    [1]
+  """
+  return sorted({layer_of(a) for a in paths.select(names, select or step.BLOCK_KERNELS)} - {-1, -2})
 
 
 def by_layer(want: Wanted) -> dict[int, tuple[tuple[str, str], ...]]:
@@ -213,11 +322,18 @@ def embed(model: model_lib.Model, batch: Any) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("spec", "pairs"))
 def _through(
-  spec: Any, params: Any, index: Any, h: jax.Array, layer: jax.Array, pairs: tuple, states: Any
+  spec: Any,
+  params: Any,
+  index: Any,
+  h: jax.Array,
+  layer: jax.Array,
+  first: jax.Array,
+  pairs: tuple,
+  states: Any,
 ) -> tuple[jax.Array, Any]:
   if index is not None:
     params = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), params)
-  out, seen = models.block(spec, params, h, layer=layer, observe=_observer(pairs))
+  out, seen = models.block(spec, params, h, layer=layer, observe=_observer(pairs, first))
   return out, _merge(pairs, states, seen)
 
 
@@ -230,6 +346,7 @@ def through_block(
   states: Any,
   *,
   index: int | None = None,
+  first: int = 0,
 ) -> tuple[jax.Array, Any]:
   """Run one block and add what its taps saw to the running statistics.
 
@@ -241,6 +358,7 @@ def through_block(
     pairs: (fold, tap) to observe.
     states: running statistics, or None.
     index: the layer's place in the segment.
+    first: how many examples came before, which numbers the tokens.
 
   Returns:
     (the block's output, statistics).
@@ -248,12 +366,17 @@ def through_block(
   flat = None if states is None else tuple(states[p] for p in pairs)
   where = None if index is None else jnp.int32(index)
   params = meshes.to_auto(params)
-  h, flat = _through(spec, params, where, h, jnp.int32(layer), tuple(pairs), flat)
+  h, flat = _through(spec, params, where, h, jnp.int32(layer), jnp.int32(first), tuple(pairs), flat)
   return h, dict(zip(pairs, flat, strict=True))
 
 
 def at_embedding(
-  model: model_lib.Model, batch: Any, pairs: Sequence[tuple[str, str]], states: Any
+  model: model_lib.Model,
+  batch: Any,
+  pairs: Sequence[tuple[str, str]],
+  states: Any,
+  *,
+  first: int = 0,
 ) -> Any:
   """Add what the embedding's taps see to the running statistics.
 
@@ -262,18 +385,25 @@ def at_embedding(
     batch: a batch for a network that has such taps, an image classifier.
     pairs: (fold, tap) to observe.
     states: running statistics, or None.
+    first: how many examples came before.
 
   Returns:
     Statistics.
   """
   outer = meshes.to_auto({k: v for k, v in model.params.items() if k == "embed"})
   flat = None if states is None else tuple(states[p] for p in pairs)
-  flat = _entrance(model.spec, outer, models.inputs(batch), tuple(pairs), flat)
+  flat = _entrance(model.spec, outer, models.inputs(batch), jnp.int32(first), tuple(pairs), flat)
   return dict(zip(pairs, flat, strict=True))
 
 
 def at_head(
-  spec: Any, params: Any, h: jax.Array, pairs: Sequence[tuple[str, str]], states: Any
+  spec: Any,
+  params: Any,
+  h: jax.Array,
+  pairs: Sequence[tuple[str, str]],
+  states: Any,
+  *,
+  first: int = 0,
 ) -> Any:
   """Add what the head's taps see to the running statistics.
 
@@ -283,13 +413,14 @@ def at_head(
     h: the last block's output.
     pairs: (fold, tap) to observe.
     states: running statistics, or None.
+    first: how many examples came before.
 
   Returns:
     Statistics.
   """
   outer = meshes.to_auto({k: v for k, v in params.items() if k != "layers"})
   flat = None if states is None else tuple(states[p] for p in pairs)
-  flat = _head(spec, outer, h, tuple(pairs), flat)
+  flat = _head(spec, outer, h, jnp.int32(first), tuple(pairs), flat)
   return dict(zip(pairs, flat, strict=True))
 
 
@@ -299,23 +430,25 @@ def _embed(spec: Any, params: Any, inputs: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "pairs"))
-def _entrance(spec: Any, params: Any, inputs: jax.Array, pairs: tuple, states: Any) -> Any:
+def _entrance(
+  spec: Any, params: Any, inputs: jax.Array, first: jax.Array, pairs: tuple, states: Any
+) -> Any:
   seen: dict[str, Any] = {}
-  models.embed(spec, params, inputs, observe=_noting(pairs, seen))
+  models.embed(spec, params, inputs, observe=_noting(pairs, first, seen))
   return _merge(pairs, states, seen)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "pairs"))
-def _head(spec: Any, params: Any, h: jax.Array, pairs: tuple, states: Any) -> Any:
+def _head(spec: Any, params: Any, h: jax.Array, first: jax.Array, pairs: tuple, states: Any) -> Any:
   seen: dict[str, Any] = {}
-  models.head(spec, params, h, observe=_noting(pairs, seen))
+  models.head(spec, params, h, observe=_noting(pairs, first, seen))
   return _merge(pairs, states, seen)
 
 
 def _noting(
-  pairs: tuple[tuple[str, str], ...], seen: dict[str, Any]
+  pairs: tuple[tuple[str, str], ...], first: jax.Array, seen: dict[str, Any]
 ) -> Callable[[str, jax.Array], None]:
-  observer = _observer(pairs)
+  observer = _observer(pairs, first)
 
   def observe(name: str, x: jax.Array) -> None:
     seen[name] = observer(name, x)
@@ -323,13 +456,17 @@ def _noting(
   return observe
 
 
-def _observer(pairs: tuple[tuple[str, str], ...]) -> Callable[[str, jax.Array], Any]:
+def _observer(
+  pairs: tuple[tuple[str, str], ...], first: jax.Array
+) -> Callable[[str, jax.Array], Any]:
   def observe(name: str, x: jax.Array) -> Any:
     folds = [f for f, tap in pairs if tap == name]
     if not folds:
       return None
     flat = x.reshape(-1, x.shape[-1])
-    return {f: stats.FOLDS[f].update(stats.FOLDS[f].init(x.shape[-1]), flat) for f in folds}
+    numbers = first * (len(flat) // len(x)) + jnp.arange(len(flat), dtype=jnp.int32)
+    empty = {f: stats.FOLDS[f].init(x.shape[-1]) for f in folds}
+    return {f: stats.FOLDS[f].update(empty[f], flat, numbers) for f in folds}
 
   return observe
 

@@ -4,6 +4,9 @@
 A fold has an initial state, an update by one batch of input vectors, and a merge of two states
 that is commutative and associative. So batches may come in any order, be split over devices or
 hosts, and be merged later. All states are float32; sums, not means, so that merging is addition.
+
+Every token has a number, its place in the whole data. A negative one leaves the token out, as
+padding; else only "samples" looks at it, to draw the same tokens however the data are split.
 """
 
 import dataclasses
@@ -12,7 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int32, UInt32
+
+SAMPLES = 512  # input vectors that "samples" keeps
 
 Part = Any  # an array; a shape while a transform is only planned
 
@@ -22,12 +28,13 @@ class Fold(NamedTuple):
 
   Attributes:
     init: number of input features -> empty state.
-    update: (state, inputs (tokens, features)) -> state.
+    update: (state, inputs (tokens, features), numbers of the tokens) -> state; without numbers they
+      count from 0.
     merge: (state, state) -> state.
   """
 
   init: Callable[[int], Any]
-  update: Callable[[Any, Float[Array, "tokens features"]], Any]
+  update: Callable[..., Any]
   merge: Callable[[Any, Any], Any]
 
 
@@ -52,7 +59,7 @@ class SecondMoment:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PerFeature:
-  """One number an input feature: a sum of squares, a sum of magnitudes, or a maximum.
+  """One number an input feature: a sum of values, magnitudes or squares, or a maximum.
 
   Attributes:
     value: (features,).
@@ -67,28 +74,104 @@ class PerFeature:
     return self.value / self.count
 
 
-def _tokens(x: jax.Array) -> jax.Array:
-  return jnp.full((), x.shape[0], jnp.float32)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Range:
+  """The range of every input feature, with its signs.
+
+  Attributes:
+    low: lowest value, (features,); +inf before any token.
+    high: highest; -inf before any token.
+    count: number of tokens.
+  """
+
+  low: Part
+  high: Part
+  count: Part
 
 
-def _add_moment(s: SecondMoment, x: jax.Array) -> SecondMoment:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Samples:
+  """Some whole input vectors, drawn evenly over all tokens.
+
+  Attributes:
+    rows: (SAMPLES, features); zeros where there were fewer tokens.
+    ranks: what each was drawn by, ascending; the largest uint32 marks an empty row.
+    count: number of tokens seen.
+  """
+
+  rows: Part
+  ranks: Part
+  count: Part
+
+  def weights(self) -> Float[Array, " samples"]:
+    """Return 1 for every row that holds a token, 0 for the others."""
+    return (self.ranks != _EMPTY).astype(jnp.float32)
+
+
+_EMPTY = np.uint32(0xFFFFFFFF)
+
+
+def _ready(x: jax.Array, numbers: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Return the inputs in float32, which of them count, and how many do."""
   x = x.astype(jnp.float32)
-  return SecondMoment(s.moment + jnp.matmul(x.T, x, precision="highest"), s.count + _tokens(x))
+  if numbers is None:
+    return x, jnp.ones((x.shape[0], 1), bool), jnp.full((), x.shape[0], jnp.float32)
+  keep = numbers >= 0
+  return x, keep[:, None], keep.sum().astype(jnp.float32)
 
 
-def _add_squares(s: PerFeature, x: jax.Array) -> PerFeature:
-  return PerFeature(
-    s.value + jnp.sum(jnp.square(x.astype(jnp.float32)), axis=0), s.count + _tokens(x)
+def _add_moment(s: SecondMoment, x: jax.Array, numbers: Any = None) -> SecondMoment:
+  x, keep, count = _ready(x, numbers)
+  x = jnp.where(keep, x, 0)
+  return SecondMoment(s.moment + jnp.matmul(x.T, x, precision="highest"), s.count + count)
+
+
+def _adding(of: Callable[[jax.Array], jax.Array]) -> Callable[..., PerFeature]:
+  def add(s: PerFeature, x: jax.Array, numbers: Any = None) -> PerFeature:
+    x, keep, count = _ready(x, numbers)
+    return PerFeature(s.value + jnp.sum(jnp.where(keep, of(x), 0), axis=0), s.count + count)
+
+  return add
+
+
+def _raise_maximum(s: PerFeature, x: jax.Array, numbers: Any = None) -> PerFeature:
+  x, keep, count = _ready(x, numbers)
+  top = jnp.max(jnp.where(keep, jnp.abs(x), 0), axis=0)
+  return PerFeature(jnp.maximum(s.value, top), s.count + count)
+
+
+def _widen(s: Range, x: jax.Array, numbers: Any = None) -> Range:
+  x, keep, count = _ready(x, numbers)
+  low, high = (jnp.where(keep, x, end) for end in (jnp.inf, -jnp.inf))
+  return Range(
+    jnp.minimum(s.low, low.min(axis=0)), jnp.maximum(s.high, high.max(axis=0)), s.count + count
   )
 
 
-def _add_magnitudes(s: PerFeature, x: jax.Array) -> PerFeature:
-  return PerFeature(s.value + jnp.sum(jnp.abs(x.astype(jnp.float32)), axis=0), s.count + _tokens(x))
+def _draw(s: Samples, x: jax.Array, numbers: Any = None) -> Samples:
+  x, keep, count = _ready(x, numbers)
+  numbers = jnp.arange(x.shape[0], dtype=jnp.int32) if numbers is None else numbers
+  ranks = jnp.where(keep[:, 0], _mixed(numbers), _EMPTY)
+  return _lowest(s, Samples(x, ranks, count))
 
 
-def _raise_maximum(s: PerFeature, x: jax.Array) -> PerFeature:
-  top = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=0)
-  return PerFeature(jnp.maximum(s.value, top), s.count + _tokens(x))
+def _lowest(a: Samples, b: Samples) -> Samples:
+  """Keep the rows of lowest rank; no two tokens have the same."""
+  ranks = jnp.concatenate([a.ranks, b.ranks])
+  first = jnp.argsort(ranks, stable=True)[: len(a.ranks)]
+  rows = jnp.concatenate([a.rows, b.rows])[first]
+  kept = (ranks[first] != _EMPTY)[:, None]
+  return Samples(jnp.where(kept, rows, 0), ranks[first], a.count + b.count)
+
+
+def _mixed(numbers: Int32[Array, " n"]) -> UInt32[Array, " n"]:
+  """Mix the bits of numbers, one to one (the finalizer of MurmurHash3, public domain)."""
+  h = numbers.astype(jnp.uint32)
+  h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+  h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+  return h ^ (h >> 16)
 
 
 def _add(a: Any, b: Any) -> Any:
@@ -99,6 +182,10 @@ def _max(a: PerFeature, b: PerFeature) -> PerFeature:
   return PerFeature(jnp.maximum(a.value, b.value), a.count + b.count)
 
 
+def _union(a: Range, b: Range) -> Range:
+  return Range(jnp.minimum(a.low, b.low), jnp.maximum(a.high, b.high), a.count + b.count)
+
+
 def _square(n: int) -> SecondMoment:
   return SecondMoment(jnp.zeros((n, n), jnp.float32), jnp.zeros((), jnp.float32))
 
@@ -107,9 +194,28 @@ def _vector(n: int) -> PerFeature:
   return PerFeature(jnp.zeros(n, jnp.float32), jnp.zeros((), jnp.float32))
 
 
+def _no_range(n: int) -> Range:
+  return Range(
+    jnp.full(n, jnp.inf, jnp.float32),
+    jnp.full(n, -jnp.inf, jnp.float32),
+    jnp.zeros((), jnp.float32),
+  )
+
+
+def _no_samples(n: int) -> Samples:
+  return Samples(
+    jnp.zeros((SAMPLES, n), jnp.float32),
+    jnp.full(SAMPLES, _EMPTY, jnp.uint32),
+    jnp.zeros((), jnp.float32),
+  )
+
+
 FOLDS: dict[str, Fold] = {
   "second_moment": Fold(_square, _add_moment, _add),
-  "sum_squares": Fold(_vector, _add_squares, _add),
-  "sum_magnitudes": Fold(_vector, _add_magnitudes, _add),
+  "sum": Fold(_vector, _adding(lambda x: x), _add),
+  "sum_squares": Fold(_vector, _adding(jnp.square), _add),
+  "sum_magnitudes": Fold(_vector, _adding(jnp.abs), _add),
   "absmax": Fold(_vector, _raise_maximum, _max),
+  "range": Fold(_no_range, _widen, _union),
+  "samples": Fold(_no_samples, _draw, _lowest),
 }

@@ -8,7 +8,7 @@ import pytest
 
 from treesurgeon import models, registry
 from treesurgeon.core import leaves, lineage, model, needs, paths, step
-from treesurgeon.run import collect, drivers, replay, statistics
+from treesurgeon.run import collect, drivers, dry, replay, statistics
 
 SPEC = models.Spec(vocab_size=19, d_model=8, num_layers=3, num_heads=2, d_ff=16, max_positions=16)
 TIED = dataclasses.replace(SPEC, tied=True)
@@ -75,6 +75,23 @@ def scale(*, select: str | None = None) -> step.Step:
   return step.over_leaves(scaled, hyper={}, select=select, wants=wants, scope="block")
 
 
+def told(w, inputs, targets, forward, inputs_squared, key, rate):
+  """Makes every number it was given show in the result."""
+  own = forward({}, inputs)
+  changed = forward({a: x + rate for a, x in w.items()}, inputs[:1])
+  told = inputs.mean() + 2 * targets.mean() + 3 * own.mean() + 4 * changed.mean()
+  noise = jax.random.uniform(key)
+  return {a: x * (told + noise + inputs_squared[a].value.sum()) for a, x in w.items()}
+
+
+@step.method("test.tell")
+def tell(*, select: str | None = None, rate: float = 0.5) -> step.Step:
+  """Scale by all there is to know of a block."""
+  wants = {"inputs_squared": needs.Statistic("sum_squares")}
+  hyper = {"rate": rate}
+  return step.over_blocks(told, hyper=hyper, wants=wants, select=select, random=True)
+
+
 def test_every_driver_gives_a_leaf_step_the_same_bits():
   quantize = registry.parse("compress.quantize.rtn(bits=4, group_size=8, select='layers/1/.*')")
   mixed = step.by_path([("layers/[02]/mlp/.*", noisy()), ("(embed|lm_head)/.*", noisy() + noisy())])
@@ -137,6 +154,99 @@ def test_blockwise_is_the_loop_one_would_write(spec):
     change(["lm_head/kernel"], see)
   for address, want in flat.items():
     np.testing.assert_allclose(done.leaf(address), want, rtol=2e-4, err_msg=address)
+
+
+@pytest.mark.parametrize("driver", [drivers.run, drivers.run_blockwise])
+def test_a_block_is_tuned_on_what_the_changed_model_feeds_it_and_the_old_one_gives(driver):
+  m, taps = make(), {"attn/q/kernel": "attn/in", "mlp/down/kernel": "mlp/down/in"}
+  done = driver(tell(select="layers/[02]/(attn/q|mlp/down)/kernel"), m, materials(), seed=2)
+  flat = paths.flatten(m.params)
+  old = new = jnp.concatenate([models.embed(SPEC, m.params, b) for b in TEXT])
+  for i in range(SPEC.num_layers):
+    start = f"layers/{i}/"
+    params = {a[len(start) :]: x for a, x in flat.items() if a.startswith(start)}
+
+    def forward(h, i=i, params=params, **changes):
+      return models.block(
+        SPEC, paths.nest({**params, **changes}), h, layer=i, observe=lambda n, v: v
+      )
+
+    inputs = old if driver is drivers.run else new
+    (old, _), (own, seen) = forward(old), forward(inputs)
+    changes = {}
+    if i in (0, 2):
+      moved, _ = forward(inputs[:1], **{a: params[a] + 0.5 for a in taps})
+      told = inputs.mean() + 2 * old.mean() + 3 * own.mean() + 4 * moved.mean()
+      key = step.leaf_key(jax.random.fold_in(jax.random.key(2), 0), f"layers/{i}")
+      told += jax.random.uniform(key)
+      changes = {a: params[a] * (told + (seen[t] ** 2).sum()) for a, t in taps.items()}
+    for a, want in changes.items():
+      np.testing.assert_allclose(done.leaf(start + a), want, rtol=1e-4, err_msg=start + a)
+    new, _ = forward(new, **changes)
+  for a in ("layers/1/attn/q/kernel", "layers/0/mlp/up/kernel", "lm_head/kernel"):
+    np.testing.assert_array_equal(done.leaf(a), flat[a])
+
+
+def test_blocks_of_equal_structure_share_a_program():
+  (one,) = tell()
+  m = make(dataclasses.replace(SPEC, num_layers=4))
+  evidence = collect.evidence(one, m, materials())
+  traces = []
+
+  def counting(w, **given):
+    traces.append(sorted(w))
+    return told(w, **given)
+
+  wants = {"inputs_squared": needs.Statistic("sum_squares")}
+  again = step.over_blocks(counting, hyper={"rate": 0.5}, wants=wants, random=True)
+  again.apply(m, evidence, jax.random.key(0))
+  assert len(traces) == 1 and len(traces[0]) == 7
+
+
+def test_a_step_on_blocks_obeys_the_laws():
+  (one,) = tell(select="layers/[01]/mlp/.*")
+  m, key = make(), jax.random.key(0)
+  evidence = collect.evidence(one, m, materials())
+  changed = one.apply(m, evidence, key)
+
+  def dry_apply(params):
+    return one.apply(m.replace(params=params), evidence, key).params
+
+  shapes = jax.eval_shape(dry_apply, m.params)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), changed.params
+  )
+  dried = dry.dry_run((one,), m)
+  assert jax.tree.structure(dried.params) == jax.tree.structure(changed.params)
+  units = one.units(m.addresses())
+  assert [{statistics.layer_of(a) for a in u} for u in units] == [{0}, {1}]
+  for unit in units:
+    part = one.apply(model.Part(m.spec, {a: m.leaf(a) for a in unit}), evidence, key)
+    for a in unit:
+      np.testing.assert_array_equal(part.leaf(a), changed.leaf(a))
+  (aimed,) = step.by_path([("layers/1/.*", tell()), (".*", registry.parse("merge.passthrough()"))])
+  assert aimed.needs["0.block"].select == aimed.needs["0.inputs_squared"].select
+  assert list(collect.evidence(aimed, m, materials())["0.block"]) == ["layers/1"]
+  drivers.run_blockwise((aimed,), m, materials())
+
+
+def test_what_a_step_on_blocks_lacks_is_named():
+  with pytest.raises(ValueError, match="needs calibration text and none was given"):
+    drivers.run_blockwise(tell(), make())
+  uneven = [TEXT[0], TEXT[1][:, :4]]
+  for driver in (drivers.run, drivers.run_blockwise):
+    with pytest.raises(ValueError, match="batches must have one length; there are 4 and 6"):
+      driver(tell(), make(), materials(batches=uneven))
+  with pytest.raises(ValueError, match="no address matches 'lm_head/kernel'"):
+    drivers.run_blockwise(tell(select="lm_head/kernel"), make(), materials())
+
+  def wrong(w, inputs, targets, forward):
+    return {"w": forward({"mlp/middle/kernel": 1}, inputs)}
+
+  (one,) = tell()
+  one = step.over_blocks(wrong, hyper={})._replace(info=one.info)
+  with pytest.raises(ValueError, match="layers/0: 'mlp/middle/kernel' is not in the block, which"):
+    drivers.run((one,), make(), materials())
 
 
 def test_blockwise_embeds_with_the_changed_embeddings():
