@@ -215,6 +215,7 @@ ROWS = (
 )
 EXTRA = (
   # Settings whose code path differs enough to hold the laws by itself.
+  Row("compress.prune.magnitude", {"per": "model"}, {"sparsity": 0.0}),
   Row("compress.prune.wanda", {"pattern": "2:4", "packed": True}, {"pattern": "4:4"}),
   Row(
     "merge.breadcrumbs",

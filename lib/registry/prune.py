@@ -8,7 +8,7 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.compress.prune.magnitude:magnitude",
     paper="Han et al., Learning both weights and connections, 2015, arXiv 1506.02626",
     oracle="tests/compress/prune/prune_test.py",
-    note="one shot, no retraining",
+    note="one shot, no retraining; per='model' compares weights over all selected leaves",
   ),
   "compress.prune.sparsegpt": entries.Entry(
     factory="treesurgeon.compress.prune.sparsegpt:sparsegpt",

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Magnitude pruning: the smallest weights go. The baseline of all pruning, no data needed."""
+"""Magnitude pruning: the smallest weights go. The baseline of all pruning, no data needed.
+
+Magnitudes are compared within an output, a matrix, or over all selected leaves of the model, which
+then must all be in memory.
+"""
 
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from treesurgeon.compress.prune import masks
+from treesurgeon.compress.prune import masks, ranking
 from treesurgeon.core import step
 
-PER = ("matrix", "column")
+PER = ("matrix", "column", "model")
 
 
 def prune(
@@ -55,7 +59,8 @@ def magnitude(
     sparsity: fraction to prune; 0 is the neutral setting. Unused with a pattern.
     pattern: "n:m" keeps n of every m consecutive inputs of each output.
     packed: hold the result as a `SparseTensor`; needs a pattern.
-    per: "matrix" or "column" (output): within what magnitudes are compared.
+    per: "matrix", "column" (output) or "model": within what magnitudes are compared. With a
+      pattern it makes no difference.
     select: which addresses; None is every kernel inside the layers.
 
   Returns:
@@ -75,5 +80,15 @@ def magnitude(
   if per not in PER:
     raise ValueError(f"per={per!r}: valid are {', '.join(PER)}")
   n_m = masks.read(sparsity=sparsity, pattern=pattern, packed=packed)
+  if per == "model" and n_m is None:
+    return ranking.over_model(_score, _finish, hyper={}, sparsity=sparsity, select=select)
   hyper = {"sparsity": sparsity, "pattern": n_m, "packed": packed, "per": per}
   return step.over_leaves(prune, hyper=hyper, select=select)
+
+
+def _score(w: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+  return jnp.abs(w.astype(jnp.float32))
+
+
+def _finish(w: Float[Array, "*shape"], keep: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
+  return jnp.where(keep, w, 0)

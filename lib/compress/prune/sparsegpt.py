@@ -63,8 +63,8 @@ def prune(
 
   Example:
     >>> w, h = jnp.array([[1.0], [0.9]]), jnp.array([[1.0, 0.9], [0.9, 1.0]])
-    >>> prune(w, h, sparsity=0.5, damping=0.0).round(2).tolist()
-    [[0.0], [1.8]]
+    >>> [round(float(x), 2) for x in prune(w, h, sparsity=0.5, damping=0.0)[:, 0]]
+    [0.0, 1.8]
   """
   rows = w.shape[0]
   masks.check_rows(rows, pattern)

@@ -3,7 +3,8 @@
 
 The score of weight (i, j) of a kernel (in, out) is |w_ij| times the 2-norm of input i over the
 calibration tokens; weights are not updated. The paper's rows are our columns. As in its code
-`int(in * sparsity)` weights an output go, and N:M patterns run along the inputs.
+`int(in * sparsity)` weights an output go, and N:M patterns run along the inputs. Where no input was
+ever active, as for an expert that no token reached, magnitudes alone decide.
 """
 
 from typing import Any
@@ -40,6 +41,7 @@ def prune(
     [[0.0], [1.0]]
   """
   norms = jnp.sqrt(squares.astype(jnp.float32))
+  norms = jnp.where((norms > 0).any(), norms, 1.0)
   score = jnp.abs(w.astype(jnp.float32)) * norms[:, None]
   return masks.apply(w, score, sparsity=sparsity, pattern=pattern, packed=packed, per="column")
 

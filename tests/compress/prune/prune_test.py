@@ -10,7 +10,7 @@ import pytest
 
 from treesurgeon import kernels
 from treesurgeon.compress.prune import magnitude, masks, wanda
-from treesurgeon.core import leaves, model
+from treesurgeon.core import leaves, model, paths
 from treesurgeon.stats import folds
 
 KEY = jax.random.key(0)
@@ -80,6 +80,37 @@ def test_magnitude_per_matrix(sparsity):
   np.testing.assert_array_equal(pruned[pruned != 0], w[pruned != 0])
 
 
+def test_magnitude_over_the_model():
+  flat = {f"layers/{i}/mlp/{n}/kernel": weights(6, 5, seed=7 * i + len(n)) * (1 + i)
+          for i in range(2) for n in ("up", "down")}  # fmt: skip
+  m = model.Model(None, paths.unflatten({a: jnp.asarray(w) for a, w in flat.items()}))
+  (one,) = magnitude.magnitude(sparsity=0.7, per="model")
+  out = one.apply(m, {}, KEY)
+  least = np.sort(np.concatenate([np.abs(w).ravel() for w in flat.values()]))[int(0.7 * 120)]
+  for address, w in flat.items():
+    np.testing.assert_array_equal(out.leaf(address), np.where(np.abs(w) < least, 0, w))
+  aimed = one.reselect("layers/1/.*").apply(m, {}, KEY)
+  assert (np.asarray(aimed.leaf("layers/0/mlp/up/kernel")) != 0).all()
+  gone = [(np.asarray(aimed.leaf(f"layers/1/mlp/{n}/kernel")) == 0).sum() for n in ("up", "down")]
+  assert sum(gone) == int(0.7 * 60)
+  assert one.scope == "model"
+
+
+def test_wanda_without_any_input_goes_by_magnitude():
+  w = weights(16, 4)
+  np.testing.assert_array_equal(
+    apply(wanda.wanda(), w, np.zeros((3, 16))), apply(magnitude.magnitude(per="column"), w, w.T)
+  )
+
+
+def test_dead_inputs_go_first():
+  x = inputs(16)
+  x[:, [3, 8]] = 0
+  out = np.asarray(apply(wanda.wanda(sparsity=0.125), weights(16, 4), x))
+  np.testing.assert_array_equal(np.flatnonzero((out == 0).all(axis=1)), [3, 8])
+  assert (out == 0).sum() == 8
+
+
 def test_ties_keep_exact_counts():
   pruned = np.asarray(magnitude.prune(jnp.ones((8, 2)), sparsity=0.5, per="column"))
   np.testing.assert_array_equal(pruned, np.repeat([[1.0], [0.0]], 4, 0) * np.ones(2))
@@ -124,7 +155,7 @@ def test_arguments(arguments, message):
   for method in (wanda.wanda, magnitude.magnitude):
     with pytest.raises(ValueError, match=message):
       method(**arguments)
-  with pytest.raises(ValueError, match="per='row': valid are matrix, column"):
+  with pytest.raises(ValueError, match="per='row': valid are matrix, column, model"):
     magnitude.magnitude(per="row")
 
 
