@@ -11,7 +11,9 @@ import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.pop("XLA_FLAGS", None)  # a caller's virtual devices would change what is tested
+# Nearly all the time of these tests goes into compiling, and LLVM's optimizations are a quarter of
+# it. A caller's flags, such as virtual devices, would change what is tested.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
 import beartype
 import jax
@@ -66,6 +68,7 @@ def _few_programs():
 def eight_devices() -> dict[str, str]:
   """The environment of a process with eight virtual CPU devices."""
   flags = (
+    os.environ["XLA_FLAGS"],
     "--xla_force_host_platform_device_count=8",
     # They share few cores: on a busy machine a collective waits for long.
     "--xla_cpu_collective_call_terminate_timeout_seconds=1200",

@@ -157,12 +157,12 @@ def test_gradients(name, implementation):
   g = jax.random.normal(KEY, (x.shape[0], leaf.cols))
 
   def loss(x, scales):
-    part = leaves.dataclasses.replace(leaf, scales=scales)
+    part = dataclasses.replace(leaf, scales=scales)
     return (kernels.matmul(x, part, implementation=implementation) * g).sum()
 
   dx, ds = jax.grad(loss, (0, 1))(x, leaf.scales)
   close(dx, np.asarray(g, np.float64) @ np.asarray(leaf.dense(), np.float64).T)
-  by_dense = jax.grad(lambda s: (x @ leaves.dataclasses.replace(leaf, scales=s).dense() * g).sum())
+  by_dense = jax.grad(lambda s: (x @ dataclasses.replace(leaf, scales=s).dense() * g).sum())
   np.testing.assert_allclose(ds, by_dense(leaf.scales), rtol=1e-3, atol=1e-3)
   tangent = jax.jvp(lambda x: loss(x, leaf.scales), (x,), (jnp.ones_like(x),))[1]
   np.testing.assert_allclose(tangent, dx.sum(), rtol=1e-3, atol=1e-3)
