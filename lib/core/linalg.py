@@ -27,20 +27,18 @@ def damped_cholesky(
   scale = jnp.maximum(jnp.mean(jnp.diag(h)), jnp.finfo(jnp.float32).tiny)
   eye = jnp.eye(h.shape[0], dtype=h.dtype)
 
-  def factor(d: jax.Array) -> jax.Array:
-    return jnp.linalg.cholesky(h + d * scale * eye)
-
   def failed(state: tuple) -> jax.Array:
-    low, _, n = state
-    return ~jnp.isfinite(low).all() & (n < tries)
+    _, _, n, fine = state
+    return ~fine & (n < tries)
 
-  def again(state: tuple) -> tuple:
-    _, d, n = state
-    d = jnp.maximum(d * 10, 1e-6)
-    return factor(d), d, n + 1
+  def once(state: tuple) -> tuple:  # the first try too, which then is compiled but once
+    _, d, n, _ = state
+    low = jax.lax.linalg.cholesky(h + d * scale * eye, symmetrize_input=False)
+    fine = jnp.isfinite(low).all()
+    return low, jnp.where(fine, d, jnp.maximum(d * 10, 1e-6)), n + 1, fine
 
-  d = jnp.asarray(damping, jnp.float32)
-  low, d, _ = jax.lax.while_loop(failed, again, (factor(d), d, 1))
+  start = jnp.zeros_like(h), jnp.asarray(damping, jnp.float32), 0, jnp.asarray(False)
+  low, d, _, _ = jax.lax.while_loop(failed, once, start)
   return low, d
 
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPTQ against the optimal-brain-surgeon recursion in float64, and its limiting cases."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from treesurgeon.compress.quantize import gptq, rtn
+from treesurgeon.compress.quantize import gptq, rounding, rtn
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.core import model
 from treesurgeon.stats import folds
@@ -55,10 +57,16 @@ def error(w, h, codes, grid, group_of_row, bits):
   return np.einsum("ic,ij,jc->", wrong, h, wrong)
 
 
+@functools.lru_cache(maxsize=64)
+def solver(how):
+  how = {k: v for k, v in how if k != "part"}
+  return jax.jit(lambda w, h: gptq.quantize(w, h, **how))
+
+
 def solve(w, h, **how):
-  out = jax.jit(lambda w, h: gptq.quantize(w, h, **how))(
-    jnp.asarray(w), jnp.asarray(h, jnp.float32)
-  )
+  how = tuple(sorted({**how, "part": (rounding.BLOCK, rounding.PART)}.items()))
+  out = solver(how)(jnp.asarray(w), jnp.asarray(h, jnp.float32))
+  how = dict(how)
   index = out.group_index
   return out, np.arange(len(w)) // how["group_size"] if index is None else np.asarray(index)
 
@@ -89,7 +97,7 @@ def test_blocks_change_nothing_but_rounding(monkeypatch, block, scales):
   w, h = problem(40, 16, 1)
   how = {"bits": 4, "group_size": 16, "symmetric": True, "scales": scales}
   whole, _ = solve(w, h, **how)
-  monkeypatch.setattr(gptq, "BLOCK", block)
+  monkeypatch.setattr(rounding, "BLOCK", block)
   blocked, _ = solve(w, h, **how)
   same = (np.asarray(whole.codes) == np.asarray(blocked.codes)).all(axis=0)
   assert same.mean() >= 0.9
@@ -165,6 +173,26 @@ def test_leaf_stands_for_what_was_found(how):
   jax.tree.map(np.testing.assert_array_equal, again.leaf(ADDRESS), leaf)
 
 
+@pytest.mark.parametrize(
+  "how", [{"group_size": 16}, {"format": "e2m1", "group_size": 16, "scale_dtype": "e4m3fn"}]
+)
+def test_kernels_that_share_inputs_come_out_as_each_alone(how):
+  w, h = problem(48, 24)
+  (shared,) = evidence(h)["hessian"].values()
+  names = [f"layers/0/attn/{k}/kernel" for k in "qkv"]
+  parts = dict(zip(names, jnp.split(jnp.asarray(w), [8, 20], axis=1), strict=True))
+  step = gptq.gptq(**how)[0]
+  together = step.apply(model.Part(None, parts), {"hessian": dict.fromkeys(names, shared)}, KEY)
+  for name, part in parts.items():
+    alone = step.apply(model.Part(None, {name: part}), {"hessian": {name: shared}}, KEY)
+    jax.tree.map(np.testing.assert_array_equal, together.leaf(name), alone.leaf(name))
+    wrong, nearest = (
+      np.asarray(x.leaf(name).dense(), np.float64) - part
+      for x in (alone, rtn.rtn(**how)[0].apply(model.Part(None, {name: part}), {}, KEY))
+    )
+    assert np.einsum("ic,ij,jc", wrong, h, wrong) < np.einsum("ic,ij,jc", nearest, h, nearest)
+
+
 def test_hopeless_moment_poisons_the_scales():
   w, h = problem(16, 4)
   h[0, 0] = np.nan
@@ -175,5 +203,7 @@ def test_hopeless_moment_poisons_the_scales():
 def test_arguments_are_checked():
   with pytest.raises(ValueError, match="scales='fresh': valid are static, dynamic"):
     gptq.gptq(scales="fresh")
+  with pytest.raises(ValueError, match="scale_dtype='e4m3fn' quantizes all scales at once"):
+    gptq.gptq(scales="dynamic", scale_dtype="e4m3fn")
   with pytest.raises(ValueError, match=r"damping=2.0: valid is 0 to 1"):
     gptq.gptq(damping=2.0)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounding rows in turn, so that later rows make up for the errors of earlier ones: GPTQ's core.
+
+Inputs with second moment H = R Rᵀ, R upper triangular, turn an error W - Q of the weights into an
+output error of ||Rᵀ (W - Q)||². Once rows i < j are rounded, row j of it vanishes for the weights
+w_j + sum_{i<j} (w_i - q_i) R_ij / R_jj, which are the ones to round. These are the weights that the
+paper's code holds when it comes to row j, having corrected all rows ahead by the factor of the
+inverse of H (Chen et al., arXiv:2507.18553); nothing need be inverted, and no matrix of weights is
+rewritten a row.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from treesurgeon.compress.quantize import grid as grids
+from treesurgeon.core import linalg
+
+BLOCK, PART = 128, 16  # rows whose corrections are computed at once; matter to speed only
+
+
+def ratios(h: Float[Array, "rows rows"], damping: float) -> Float[Array, "rows rows"]:
+  """Compute how much of each earlier row's error a row makes up for.
+
+  Args:
+    h: second moment of the inputs, in the order of rounding, up to a factor.
+    damping: added to its diagonal, relative to the mean; raised while the factorization fails.
+
+  Returns:
+    R_ij / R_jj in row j and column i < j, zeros elsewhere; NaN if nothing helped.
+
+  Example:
+    >>> ratios(jnp.array([[1.0, 0.5], [0.5, 1.0]]), 0.0).tolist()
+    [[0.0, 0.0], [0.5, 0.0]]
+  """
+  low, _ = linalg.damped_cholesky(h[::-1, ::-1], damping)
+  return jnp.tril(low.T[::-1, ::-1] / jnp.diag(low)[::-1, None], -1)
+
+
+def without_dead(
+  w: Float[Array, "rows cols"], h: Float[Array, "rows rows"]
+) -> tuple[Float[Array, "rows cols"], Float[Array, "rows rows"]]:
+  """Zero the weights of inputs that were never active and make H invertible there.
+
+  Args:
+    w: weights, input dimension first.
+    h: second moment of the inputs.
+
+  Returns:
+    (w, h); w as it was if no input was ever active.
+
+  Example:
+    >>> w, h = without_dead(jnp.ones((2, 1)), jnp.diag(jnp.array([0.0, 2.0])))
+    >>> w.ravel().tolist(), jnp.diag(h).tolist()
+    ([0.0, 1.0], [1.0, 2.0])
+  """
+  diag = jnp.diag(h)
+  dead, mean = diag == 0, diag.mean()
+  fill = jnp.where(mean > 0, mean, 1.0)
+  w = jnp.where(dead[:, None] & ~dead.all(), 0.0, w)
+  return w, h + jnp.diag(jnp.where(dead, fill, 0.0))
+
+
+def in_turn(
+  w: Float[Array, "rows cols"],
+  ratios: Float[Array, "rows rows"],
+  grid: grids.Grid,
+  groups: Int32[Array, " rows"],
+  form: Mapping[str, Any],
+  *,
+  block: int | None = None,
+  refit: dict[str, Any] | None = None,
+) -> tuple[jax.Array, grids.Grid]:
+  """Round rows one after another, each corrected for the errors of those before it.
+
+  What earlier errors ask for is added first to a whole block of rows, then to a part of it, then to
+  the row: few sums are long, and those are products of matrices. With `refit` a block is a group,
+  and its grid is fitted to the rows as they would be if none of them were rounded.
+
+  Args:
+    w: weights in float32, in the order of rounding.
+    ratios: see `ratios`.
+    grid: scales and zero points, arrays, one row a group.
+    groups: group of each row.
+    form: bits and format.
+    block: rows corrected at once, which matters to speed only; None is `BLOCK`.
+    refit: arguments of `grid.fit`; None keeps the grids.
+
+  Returns:
+    (codes, grid).
+
+  Example:
+    >>> w, h = jnp.array([[1.0], [0.9]]), jnp.array([[1.0, 0.9], [0.9, 1.0]])
+    >>> grid = grids.Grid(jnp.ones((1, 1)), None)
+    >>> in_turn(w, ratios(h, 0.0), grid, jnp.zeros(2, jnp.int32), {"bits": 4})[0].ravel().tolist()
+    [9, 9]
+  """
+  rows, cols = w.shape
+  block = min(BLOCK, rows) if block is None else block
+  more = -rows % block
+  w = jnp.pad(w, [(0, more), (0, 0)])
+  groups = jnp.pad(groups, (0, more))
+  ratios = jnp.pad(ratios, [(0, more), (0, more)])
+  part = max(n for n in range(1, PART + 1) if block % n == 0)
+
+  def cut(a: jax.Array, start: jax.Array, count: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(a, start, count, axis=0)
+
+  def put(a: jax.Array, start: jax.Array, new: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(a, new.astype(a.dtype), start, axis=0)
+
+  def empty(count: int) -> tuple[jax.Array, jax.Array]:
+    return jnp.zeros((count, cols), jnp.float32), jnp.zeros((count, cols), jnp.uint8)
+
+  def within(c: jax.Array, start: jax.Array, count: int) -> jax.Array:
+    return jax.lax.dynamic_slice(c, (jnp.zeros_like(start), start), (count, count))
+
+  def add(c: jax.Array, errors: jax.Array) -> jax.Array:
+    return jnp.matmul(c, errors, precision="highest")
+
+  def one_block(b: jax.Array, state: tuple) -> tuple:
+    errors, codes, grid = state
+    start = b * block
+    c, own = cut(ratios, start, block), cut(w, start, block)
+    ahead = add(c, errors)
+    inner = within(c, start, block)
+    if refit is not None:
+      free = jax.scipy.linalg.solve_triangular(inner, ahead, lower=True, unit_diagonal=True)
+      new = grids.fit(own + free, group_size=block, **refit)
+      grid = jax.tree.map(lambda a, x: put(a, b, x), grid, new)
+
+    def one_part(p: jax.Array, state: tuple) -> tuple:
+      errors, codes = state
+      first = p * part
+      c = cut(inner, first, part)
+      wanted = cut(own + ahead, first, part) + add(c, errors)
+      c = within(c, first, part)
+
+      def one_row(i: jax.Array, state: tuple) -> tuple:
+        errors, codes = state
+        mine = jax.tree.map(lambda a: a[groups[start + first + i]], grid)
+        q = grids.round_to(wanted[i] + add(c[i], errors), mine, **form)
+        error = own[first + i] - grids.dequantize(q, mine, **form)
+        return errors.at[i].set(error), codes.at[i].set(q)
+
+      new = jax.lax.fori_loop(0, part, one_row, empty(part))
+      return put(errors, first, new[0]), put(codes, first, new[1])
+
+    new = jax.lax.fori_loop(0, block // part, one_part, empty(block))
+    return put(errors, start, new[0]), put(codes, start, new[1]), grid
+
+  state = (*empty(rows + more), grid)
+  _, codes, grid = jax.lax.fori_loop(0, (rows + more) // block, one_block, state)
+  return codes[:rows], grid
