@@ -86,6 +86,21 @@ def quantized(m: model.Model) -> model.Model:
   return one.apply(m, {}, jax.random.key(0))
 
 
+def done(name: str, **arguments: Any) -> Callable[[model.Model], model.Model]:
+  """Return what brings a model to a method's own result, its fixed point."""
+
+  def prepare(m: model.Model) -> model.Model:
+    row = Row(name, arguments)
+    (one,) = row.build()
+    return one.apply(m, collect.evidence(one, m, row.materials(m)), jax.random.key(0))
+
+  return prepare
+
+
+# What searches for every kernel does so for one a layer: each shape compiles anew.
+VQ = {"length": 4, "entries": 8, "select": "layers/.*/mlp/up/kernel"}
+
+
 def adapted(m: model.Model) -> model.Model:
   """Return the model with adapters that are not zero, whose sum with the base a merge keeps."""
   (one,) = registry.load("adapt.lora")(rank=4)
@@ -100,11 +115,45 @@ def adapted(m: model.Model) -> model.Model:
 ROWS = (
   Row("adapt.lora", {"rank": 4}),
   Row("adapt.merge", prepare=adapted, reduces=True),
+  Row(
+    "compress.prune.gradual",
+    {"sparsity": 0.5, "steps": 3, "every": 1, "rate": 1e-5},
+    {"sparsity": 0.0, "steps": 0},
+    reduces=True,
+  ),
   Row("compress.prune.magnitude", neutral={"sparsity": 0.0}),
   Row("compress.prune.sparsegpt", neutral={"sparsity": 0.0}, reduces=True),
   Row("compress.prune.wanda", neutral={"sparsity": 0.0}),
+  Row(
+    "compress.quantize.autoround",
+    {"bits": 3, "group_size": 8, "steps": 2},
+    {"bits": 4},
+    quantized,
+    reduces=True,
+  ),
+  Row(
+    "compress.quantize.flexround",
+    {"bits": 3, "group_size": 8, "steps": 2, "per": "kernel"},
+    {"bits": 4},
+    quantized,
+    reduces=True,
+  ),
   Row("compress.quantize.gptq", {"bits": 3, "group_size": 8}, {"bits": 4}, quantized, reduces=True),
+  Row(
+    "compress.quantize.gradient_ptq",
+    {"bits": 3, "group_size": 8, "steps": 2, "per": "kernel"},
+    {"bits": 4},
+    quantized,
+    reduces=True,
+  ),
   Row("compress.quantize.rtn", {"bits": 3, "group_size": 8}, {"bits": 4}, quantized),
+  Row(
+    "compress.quantize.vptq",
+    {**VQ, "length": 2},
+    {"length": 4},
+    done("compress.quantize.vptq", **VQ),
+    reduces=True,
+  ),
   Row(
     "edit.rome",
     {"steps": 3, "contexts": 2},
@@ -254,6 +303,10 @@ FULL = {
   "merge.ties", "merge.tsv_merge",
 }  # fmt: skip
 LEARN = {
+  "compress.quantize.gradient_ptq",
+  "compress.quantize.flexround",
+  "compress.quantize.autoround",
+  "compress.prune.gradual", "compress.quantize.vptq",
   "merge.adamerging", "merge.arcee_fusion", "merge.atlas", "merge.bang", "merge.dam", "merge.pcb",
   "merge.optmerge", "merge.pleas", "merge.rebasin", "merge.salsa", "merge.soup_learned",
   "merge.sparse_model_soups", "merge.unconstrained", "merge.wudi",

@@ -4,6 +4,19 @@
 from treesurgeon.registry import entries
 
 TABLE: dict[str, entries.Entry] = {
+  "compress.quantize.autoround": entries.Entry(
+    factory="treesurgeon.compress.quantize.autoround:autoround",
+    paper="Cheng et al., Optimize weight rounding via signed gradient descent, 2023, "
+    "arXiv 2309.05516",
+    oracle="tests/compress/quantize/autoround_test.py",
+    note="symmetric grids are those of compressed-tensors, not the ones of negative scales",
+  ),
+  "compress.quantize.flexround": entries.Entry(
+    factory="treesurgeon.compress.quantize.flexround:flexround",
+    paper="Lee et al., FlexRound, ICML 2023, arXiv 2306.00317",
+    oracle="tests/compress/quantize/flexround_test.py",
+    note="hidden states are all of the quantized prefix, not mixed at random",
+  ),
   "compress.quantize.gptq": entries.Entry(
     factory="treesurgeon.compress.quantize.gptq:gptq",
     paper="Frantar et al., GPTQ, 2022, arXiv 2210.17323",
@@ -13,10 +26,22 @@ TABLE: dict[str, entries.Entry] = {
     note="better than RTN at 4, 3 and 2 bits in three seeds; codes agree with llm-compressor's, "
     "tests/peers/gptq_test.py",
   ),
+  "compress.quantize.gradient_ptq": entries.Entry(
+    factory="treesurgeon.compress.quantize.gradient_ptq:gradient_ptq",
+    paper="Yvinec et al., Gradient-based post-training quantization, 2023, arXiv 2308.07662",
+    oracle="tests/compress/quantize/gradient_ptq_test.py",
+    note="the paper's factors by its abstract; defaults are by our own study",
+  ),
   "compress.quantize.rtn": entries.Entry(
     factory="treesurgeon.compress.quantize.rtn:rtn",
     paper="Nagel et al., A white paper on neural network quantization, 2021, arXiv 2106.08295",
     oracle="tests/compress/quantize/rtn_test.py",
     note="scales by the rule of compressed-tensors",
+  ),
+  "compress.quantize.vptq": entries.Entry(
+    factory="treesurgeon.compress.quantize.vptq:vptq",
+    paper="Liu et al., VPTQ, 2024, arXiv 2409.17066",
+    oracle="tests/compress/quantize/vptq_test.py",
+    note="outliers are kept as they are; no fine-tuning of tables over layers",
   ),
 }
