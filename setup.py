@@ -27,6 +27,7 @@ REQUIRES = [
   "grain>=0.2.12",
   "jax>=0.10.2",
   "jaxtyping>=0.3",
+  "jinja2>=3.1",
   "matplotlib>=3.9",
   "ml-collections>=1.0",
   "ml_dtypes>=0.5",

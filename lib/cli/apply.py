@@ -21,7 +21,7 @@ from treesurgeon.cli import inspect, main
 from treesurgeon.core import lineage, needs, paths, step
 from treesurgeon.core import model as model_lib
 from treesurgeon.edit import requests
-from treesurgeon.io import checkpoint, loading, staging
+from treesurgeon.io import chat_templates, checkpoint, loading, staging, tokenizer_files
 from treesurgeon.io import sink as checkpoint_sink
 from treesurgeon.io import tokenizer as tokenizers
 from treesurgeon.run import calibration, casting, collect, drivers, dry
@@ -50,7 +50,20 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
     sys_argv=["treesurgeon", *argv],
   )
   flags.DEFINE_multi_string(
-    "calibration", [], "UTF-8 text for calibration; repeat to give one to each donor.",
+    "calibration", [],
+    "Calibration data: UTF-8 text, JSON lines (.jsonl), or token ids (.npy, .npz); repeat to give "
+    "one to each donor.",
+    flag_values=values,
+  )  # fmt: skip
+  flags.DEFINE_string(
+    "calibration_field", None,
+    "Field of JSON lines that holds the text, or messages; default: `text`, or `messages`.",
+    flag_values=values,
+  )  # fmt: skip
+  flags.DEFINE_enum(
+    "calibration_rows", "pack", calibration.ROWS,
+    "Join documents and cut them into sequences of one length, or give each a row of its own with "
+    "a mask over the padding.",
     flag_values=values,
   )  # fmt: skip
   flags.DEFINE_integer("samples", 128, "Calibration sequences.", 1, flag_values=values)
@@ -218,11 +231,17 @@ def bring(
     raise ValueError(f"--calibration is text, and {values.model} is an image classifier")
   if texts:
     recipe = {"samples": values.samples, "length": length, "batch": values.batch}
+    if values.calibration_rows != "pack":
+      recipe["rows"] = values.calibration_rows
   cut = []
   for i, path in enumerate(texts):
+    try:
+      held = calibration.read(path, field=values.calibration_field, render=_render(source))
+    except ValueError as error:
+      raise ValueError(f"--calibration={error}") from error
     cut.append(
       calibration.batches(
-        main.read_text("--calibration", path),
+        held,
         tokenizers.load(values.model),
         **recipe,
         vocab_size=getattr(source.spec, "vocab_size", 0),
@@ -244,6 +263,16 @@ def bring(
     digests={"base": source.digest(), **digests},
     recipe=recipe,
   )
+
+
+def _render(source: checkpoint.Checkpoint) -> calibration.Render | None:
+  """Return what writes conversations out, if the model's directory has a chat template."""
+  template = tokenizer_files.template(source.directory)
+  if template is None:
+    return None
+  roles = ("bos_token", "eos_token")
+  tokens = {role: tokenizer_files.special(source.directory, role) for role in roles}
+  return lambda messages: chat_templates.render(template, messages, **tokens)
 
 
 def _requests(path: str, directory: str) -> list[Any]:

@@ -7,8 +7,10 @@ own templates do not have, and `alpaca` no line break before the last heading.
 """
 
 import difflib
+import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 _ALPACA = r"""
 {%- set system = messages | selectattr('role', 'equalto', 'system') | list -%}
@@ -107,3 +109,47 @@ def resolve(value: str, candidates: Iterable[str | None] = ()) -> str | None:
       f"chat_template={value!r} is neither a known name nor a Jinja template; {hint}"
     )
   return value
+
+
+def render(
+  template: str,
+  messages: Sequence[Mapping[str, Any]],
+  *,
+  bos_token: str = "",
+  eos_token: str = "",
+) -> str:
+  r"""Write a conversation out as a model reads it.
+
+  Args:
+    template: Jinja, run in a sandbox.
+    messages: turns with "role" and "content".
+    bos_token: what the template may call by that name.
+    eos_token: likewise.
+
+  Returns:
+    The text, no prompt for a further turn at its end.
+
+  Raises:
+    ValueError: if the template is malformed, or refuses the conversation.
+
+  Example:
+    >>> render(resolve("chatml"), [{"role": "user", "content": "hi"}])
+    '<|im_start|>user\nhi<|im_end|>\n'
+  """
+  import jinja2
+  import jinja2.sandbox
+
+  def refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+  room = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+  )
+  room.filters["tojson"] = lambda x, **how: json.dumps(x, ensure_ascii=False, **how)
+  given = {"bos_token": bos_token, "eos_token": eos_token, "raise_exception": refuse}
+  try:
+    return room.from_string(template).render(
+      messages=messages, add_generation_prompt=False, **given
+    )
+  except (jinja2.TemplateError, TypeError, KeyError) as error:
+    raise ValueError(f"the chat template refuses the messages: {error}") from error
