@@ -60,6 +60,26 @@ def put(m: model_lib.Model, flat: Mapping[str, jax.Array]) -> model_lib.Model:
   )
 
 
+def learnable(m: model_lib.Model, batches: Any) -> bool:
+  """Tell whether there is anything to learn from; a dry run has no batches.
+
+  Args:
+    m: the model.
+    batches: what was brought.
+
+  Returns:
+    False only while shapes are traced without data.
+
+  Raises:
+    ValueError: if there is no batch though the model is real.
+  """
+  if batches:
+    return True
+  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(m.params)):
+    return False
+  raise ValueError("there is no batch to learn from")
+
+
 def noted(m: model_lib.Model, note: Mapping[str, Any]) -> model_lib.Model:
   """Add to what a model's lineage will tell of this step.
 

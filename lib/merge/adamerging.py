@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 from treesurgeon import models as networks
-from treesurgeon.core import descend, meshes, needs, paths, step, trim
+from treesurgeon.core import descend, meshes, needs, paths, step, trim, tuning
 from treesurgeon.core import model as model_lib
 from treesurgeon.merge import mixed_models, mixture, ties
 
@@ -144,7 +144,7 @@ def adamerging(
       parts = agreeing(parts, density=density)
     found, losses = mixture.start(plan, len(parts.donors), init), np.zeros(0)
     batches = mixed_models.abreast(evidence["batches"])
-    if steps and mixed_models.learnable(m, batches):
+    if steps and tuning.learnable(m, batches):
       found, losses = descend.minimize(
         mean_entropy, found, batches, parts, optimizer=_adam(rate), steps=steps, spec=plan
       )

@@ -31,7 +31,7 @@ import numpy as np
 import optax
 
 from treesurgeon import models as networks
-from treesurgeon.core import descend, needs, step
+from treesurgeon.core import descend, needs, step, tuning
 from treesurgeon.core import model as model_lib
 from treesurgeon.merge import adamerging, mixed_models, mixture
 
@@ -173,7 +173,7 @@ def atlas(
     found, losses = mixture.start(plan, len(parts.donors), init), np.zeros(0)
     if held is not None:
       found = _fitted(plan, len(parts.donors), held[0])
-    elif steps and mixed_models.learnable(m, batches := list(evidence["batches"])):
+    elif steps and tuning.learnable(m, batches := list(evidence["batches"])):
       adamw = _optimizer(rate, decay, clip, steps)
       found, losses = descend.minimize(
         loss, found, batches, parts, optimizer=adamw, steps=steps, spec=plan

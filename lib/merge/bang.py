@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from treesurgeon import models as networks
 from treesurgeon.core import descend, needs, paths, step, tuning
 from treesurgeon.core import model as model_lib
-from treesurgeon.merge import mixed_models, wise_ft
+from treesurgeon.merge import wise_ft
 
 
 def smoothed(
@@ -124,7 +124,7 @@ def bang(
     del key
     batches = list(evidence["batches"])
     start = tuning.masters(m)
-    if not steps or not mixed_models.learnable(m, batches):
+    if not steps or not tuning.learnable(m, batches):
       return tuning.put(m, start)
     if mixup and not all(isinstance(b, Mapping) and "inputs" in b for b in batches):
       raise ValueError(f"mixup={mixup} averages images; tokens have no average, use mixup=0")

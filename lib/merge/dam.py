@@ -176,7 +176,7 @@ def dam(
     plan, parts = mixed_models.gather(m, evidence["donors"], pattern, granularity=granularity)
     found, losses = mixture.start(plan, len(parts.donors), init), np.zeros(0)
     batches = mixed_models.abreast(evidence["batches"])
-    learns = bool(steps or mask_steps) and mixed_models.learnable(m, batches)
+    learns = bool(steps or mask_steps) and tuning.learnable(m, batches)
     if mask_steps and learns:
       settings = (plan, penalty, bounds, mask_rate, noise_rate)
       numbers = Numbers(*map(jnp.float32, (temperature, inner, strength)))

@@ -120,26 +120,6 @@ def by_address(plan: mixture.Plan, coefficients: Any) -> dict[str, list[Any]]:
   return out
 
 
-def learnable(m: model_lib.Model, batches: Any) -> bool:
-  """Tell whether there is anything to learn from; a dry run has no batches.
-
-  Args:
-    m: the base.
-    batches: what was brought.
-
-  Returns:
-    False only while shapes are traced without data.
-
-  Raises:
-    ValueError: if there is no batch though the model is real.
-  """
-  if batches:
-    return True
-  if any(_traced(x) for x in jax.tree.leaves(m.params)):
-    return False
-  raise ValueError("there is no batch to learn from")
-
-
 def abreast(lists: Sequence[Iterable[Any]]) -> list[tuple[Any, ...]]:
   """Take one batch of each donor at a time, shorter lists over again.
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from treesurgeon.core import descend, needs, step
+from treesurgeon.core import descend, needs, step, tuning
 from treesurgeon.core import model as model_lib
 from treesurgeon.merge import adamerging, mixed_models, mixture
 from treesurgeon.models import preferences
@@ -137,7 +137,7 @@ def salsa(
     batches = list(evidence["batches"])
     for batch in batches:
       preferences.check(batch)
-    if not steps or not mixed_models.learnable(m, batches):
+    if not steps or not tuning.learnable(m, batches):
       return m
     shares = mixture.start(plan, len(parts.donors), alpha / len(parts.donors))
     batches = [reference(plan, parts, shares, dict(b)) for b in batches]

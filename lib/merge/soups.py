@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 from treesurgeon import models as networks
-from treesurgeon.core import descend, needs, step
+from treesurgeon.core import descend, needs, step, tuning
 from treesurgeon.core import model as model_lib
 from treesurgeon.merge import adamerging, mixed_models, mixture
 
@@ -125,7 +125,7 @@ def soup_greedy(
     plan, parts = mixed_models.gather(m, evidence["donors"], pattern, granularity="task")
     count = len(parts.donors) + 1
     batches = list(evidence["batches"])
-    if not mixed_models.learnable(m, batches):
+    if not tuning.learnable(m, batches):
       return mixed_models.put(m, plan, parts, jnp.zeros(count - 1))
 
     def loss(weights: jax.Array) -> jax.Array:
@@ -197,7 +197,7 @@ def soup_learned(
     found = mixture.start(plan, count, 0.0 if normalize == "softmax" else 1.0 / count)
     losses = np.zeros(0)
     batches = list(evidence["batches"])
-    if steps and mixed_models.learnable(m, batches):
+    if steps and tuning.learnable(m, batches):
       found, losses = descend.minimize(
         mixed_nll, found, batches, parts, optimizer=_adamw(rate, decay), steps=steps, spec=plan
       )

@@ -26,7 +26,7 @@ from treesurgeon import models as networks
 from treesurgeon.compress.prune import magnitude
 from treesurgeon.core import descend, needs, paths, step, tuning
 from treesurgeon.core import model as model_lib
-from treesurgeon.merge import mixed_models, mixture
+from treesurgeon.merge import mixture
 
 
 def average(copies: jax.Array, start: jax.Array) -> jax.Array:
@@ -118,7 +118,7 @@ def sparse_model_soups(
 
   def apply(m: model_lib.Model, evidence: needs.Evidence, key: jax.Array) -> model_lib.Model:
     batches = list(evidence["batches"])
-    learns = bool(steps) and mixed_models.learnable(m, batches)
+    learns = bool(steps) and tuning.learnable(m, batches)
     chosen = {a for unit in cuts[0].units(m.addresses()) for a in unit}
     weight = jnp.asarray(np.resize(np.asarray(decay, np.float32), copies))
     _check_shapes(batches)

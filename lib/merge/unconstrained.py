@@ -25,7 +25,7 @@ import numpy as np
 
 from treesurgeon import models as networks
 from treesurgeon.core import model as model_lib
-from treesurgeon.core import needs, step
+from treesurgeon.core import needs, step, tuning
 from treesurgeon.merge import adamerging, mixed_models, mixture, search
 
 METHODS = ("task_arithmetic", "ties", "dare")
@@ -143,7 +143,7 @@ def unconstrained(
     start, best = np.tile(row, plan.layers + 1), None
     batches = list(evidence["batches"])
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((m.params, parts.base)))
-    if mixed_models.learnable(m, batches) and not traced:
+    if tuning.learnable(m, batches) and not traced:
       shape = [low] * size["donors"] + [0.0] * len(methods)
       most = [high] * size["donors"] + [1.0] * len(methods)
       found = search.minimize(
