@@ -4,6 +4,13 @@
 from treesurgeon.registry import entries
 
 TABLE: dict[str, entries.Entry] = {
+  "compress.prune.gradual": entries.Entry(
+    factory="treesurgeon.compress.prune.gradual:gradual",
+    paper="Zhu and Gupta, To prune, or not to prune: exploring the efficacy of pruning for model "
+    "compression, 2017, arXiv 1710.01878",
+    oracle="tests/compress/prune/gradual_test.py",
+    note="masks by jaxpruner's rule; with a pattern the runs thin out along the same curve",
+  ),
   "compress.prune.magnitude": entries.Entry(
     factory="treesurgeon.compress.prune.magnitude:magnitude",
     paper="Han et al., Learning both weights and connections, 2015, arXiv 1506.02626",

@@ -93,13 +93,13 @@ def largest(scores: tuple[Float[Array, "..."], ...], count: int) -> tuple[Bool[A
 
 
 def n_of_m(
-  score: Float[Array, "*batch rows cols"], *, n: int, m: int
+  score: Float[Array, "*batch rows cols"], *, n: int | Int[Array, ""], m: int
 ) -> Bool[Array, "*batch rows cols"]:
   """Keep the n highest scores of every m consecutive input rows of every column.
 
   Args:
     score: importance of each weight.
-    n: how many are kept
+    n: how many are kept, may be traced,
     m: of how many.
 
   Returns:
@@ -113,7 +113,8 @@ def n_of_m(
     [True, False, True, False]
   """
   *batch, rows, cols = score.shape
-  check_rows(rows, (n, m))
+  if rows % m:
+    raise ValueError(f"{n}:{m} sparsity needs a multiple of {m} input rows; the kernel has {rows}")
   runs = score.reshape(*batch, rows // m, m, cols)
   mine, other = runs[..., :, None, :], runs[..., None, :, :]
   before = jnp.tri(m, k=-1, dtype=bool)  # [i, j]: j comes before i
@@ -135,9 +136,9 @@ def check_rows(rows: int, pattern: tuple[int, int] | None) -> None:
   Example:
     >>> check_rows(8, (2, 4))
   """
-  if pattern is not None and rows % pattern[1]:
+  if pattern is not None:
     n, m = pattern
-    raise ValueError(f"{n}:{m} sparsity needs a multiple of {m} input rows; the kernel has {rows}")
+    jax.eval_shape(lambda: n_of_m(jnp.zeros((rows, 1)), n=n, m=m))
 
 
 def pack_n_of_m(
