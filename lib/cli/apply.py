@@ -24,7 +24,7 @@ from treesurgeon.edit import requests
 from treesurgeon.io import chat_templates, checkpoint, loading, staging, tokenizer_files
 from treesurgeon.io import sink as checkpoint_sink
 from treesurgeon.io import tokenizer as tokenizers
-from treesurgeon.run import calibration, casting, collect, drivers, dry
+from treesurgeon.run import budget, calibration, casting, collect, drivers, dry
 
 DRIVERS = ("auto", "run", "blockwise", "stream")
 
@@ -77,6 +77,12 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
     flag_values=values,
   )  # fmt: skip
   flags.DEFINE_enum("driver", "auto", DRIVERS, "How to go through the model.", flag_values=values)
+  flags.DEFINE_string(
+    "budget", None,
+    "Size of the weights, such as 2.6GB: the quantizer of --transform (default: gptq if there is "
+    "calibration, else rtn) takes for each kernel the width and group size that lose least.",
+    flag_values=values,
+  )  # fmt: skip
 
 
 def define_output(values: flags.FlagValues) -> None:
@@ -106,6 +112,9 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
   staging.check_output(values.out, values.overwrite)
   transform = read_transform(values)
   source = checkpoint.Checkpoint(values.model)
+  if values.budget is not None:
+    materials = bring(values, source, transform)
+    transform = fit(values, transform, source, materials)
   if values.driver == "stream":
     for one in transform:
       drivers.refuse_unstreamable(one)
@@ -117,7 +126,8 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
     shapes = paths.unflatten({a: source.struct(a) for a in source.addresses()})
     inspect.show(dry.dry_run(transform, model_lib.Model(source.spec, shapes)).params)
     return
-  materials = bring(values, source, transform)
+  if values.budget is None:
+    materials = bring(values, source, transform)
   execute(values, transform, source, materials, driver=values.driver)
 
 
@@ -179,6 +189,45 @@ def execute(
   print(f"wrote {values.out}")
 
 
+def fit(
+  values: flags.FlagValues,
+  transform: step.Transform,
+  source: checkpoint.Checkpoint,
+  materials: collect.Materials,
+) -> step.Transform:
+  """Choose a width and a group size for every kernel, so that the weights fit --budget.
+
+  Args:
+    values: parsed flags.
+    transform: the quantizer; what it says of width and group size is not used.
+    source: the base model.
+    materials: calibration, if there is any.
+
+  Returns:
+    A `by_path` over the quantizer.
+
+  Raises:
+    ValueError: for a budget that cannot be read or met, or a transform that is no quantizer.
+  """
+  limit = budget.read_bytes(values.budget)
+  if values.dry_run:
+    raise ValueError("--budget measures the weights, which --dry_run does not read; give one")
+  given = [one.info.get("arguments", {}) for one in transform]
+  if len(given) != 1 or not {"bits", "group_size"} <= given[0].keys():
+    raise ValueError(
+      f"--budget chooses `bits` and `group_size` of one quantizer; {step.spell(transform)} is none"
+    )
+  build = functools.partial(registry.load(transform[0].info["name"]), **transform[0].info["given"])
+  spare = checkpoint_sink.header_bytes(source.spec, limit, values.max_shard_bytes)
+  model = loading.load(source.directory) if values.calibration else None
+  chosen = budget.plan(
+    budget.configurations(build), source, materials, limit, spare=spare, model=model,
+    seed=values.seed,
+  )  # fmt: skip
+  print(step.spell(chosen))
+  return chosen
+
+
 def read_transform(values: flags.FlagValues) -> step.Transform:
   """Read the transform that flags and config spell.
 
@@ -197,6 +246,8 @@ def read_transform(values: flags.FlagValues) -> step.Transform:
     if not wanted:
       raise ValueError("--config: the config has no `transform`")
     spelled += [wanted] if isinstance(wanted, str) else list(wanted)
+  if not spelled and values.budget is not None:
+    spelled = [f"compress.quantize.{'gptq' if values.calibration else 'rtn'}()"]
   if not spelled:
     raise ValueError("--transform or --config is required; `treesurgeon list` shows transforms")
   return step.chain(*(registry.parse(s) for s in spelled))

@@ -227,6 +227,25 @@ def save(
     return sink.close(m.lineage, inputs=inputs, evaluation=evaluation)
 
 
+def header_bytes(spec: Any, data: int, max_shard_bytes: int = writer.MAX_SHARD_BYTES) -> int:
+  """Bound what the headers of a model's files take.
+
+  Args:
+    spec: architecture of the model.
+    data: bytes of all tensors.
+    max_shard_bytes: data bytes after which a new file begins.
+
+  Returns:
+    Bytes. Two files in a row hold more than the limit, unless a tensor exceeds it alone.
+
+  Example:
+    >>> from treesurgeon import models
+    >>> header_bytes(models.Spec(vocab_size=5, d_model=4, num_layers=1, num_heads=1, d_ff=8), 10**6)
+    12288
+  """
+  return _pages(4096 + 600 * len(hf.entries(spec))) * (1 + 2 * (data // max_shard_bytes))
+
+
 def open_writer(
   directory: str | Path, room: int, *, job: str | None, **limits: Any
 ) -> writer.Writer:
@@ -243,8 +262,7 @@ def open_writer(
   """
   if job is not None:  # other versions may compute other bits
     job = f"{job} {json.dumps(lineage.versions(), sort_keys=True)}"
-  room = min(1 << 22, -(-room // 4096) * 4096)
-  return writer.Writer(directory, job=job, header_bytes=room, **limits)
+  return writer.Writer(directory, job=job, header_bytes=_pages(room), **limits)
 
 
 def finish(
@@ -302,6 +320,10 @@ def finish(
   content = card.lineage_json(records, inputs=inputs, outputs=digests, evaluation=evaluation)
   stage.text(checkpoint.LINEAGE, content)
   out.commit()
+
+
+def _pages(room: int) -> int:
+  return min(1 << 22, -(-room // 4096) * 4096)
 
 
 def _companions(directory: Path | None) -> list[Path]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from treesurgeon import io, models, registry
 from treesurgeon.cli import main
 from treesurgeon.core import leaves, model
+from treesurgeon.evaluate import size
 from treesurgeon.io import checkpoint, tokenizer
 from treesurgeon.run import calibration, collect, replay
 
@@ -252,3 +254,35 @@ def test_image_classifiers_are_pruned_and_merged_but_not_calibrated_by_text(tmp_
   assert (np.asarray(merged.leaf("layers/1/dense/kernel")) == 0).sum() == 12
   wanda = ["--transform=compress.prune.wanda()", f"--calibration={text}", "--overwrite"]
   assert "is text, and" in fails("apply", *where, *wanda)
+
+
+@pytest.mark.parametrize("calibrated", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_budget_is_met_on_disk_and_replays(directories, tmp_path, text, fails, calibrated):
+  out, base = tmp_path / "out", io.Checkpoint(directories / "base")
+  args = [f"--model={directories / 'base'}", f"--out={out}"]
+  if calibrated:
+    args += [f"--calibration={text}", "--samples=4", "--length=16", "--batch=2"]
+  said = fails("apply", *args, "--budget=1KB")
+  least = int(re.search(r"the smallest possible is ([\d,]+),", said)[1].replace(",", ""))
+  assert "a budget of 1,000 bytes cannot be met" in said
+  for limit in (least, least + 500):
+    assert apply(*args, f"--budget={limit}", "--overwrite") == 0
+    assert limit - 300 < size.on_disk(out, pattern="*.safetensors") <= limit
+  m = io.load(out)
+  method = "gptq" if calibrated else "rtn"
+  assert re.match(
+    rf"by_path\(\[\('layers.*', compress.quantize.{method}\(", m.lineage[0].expression
+  )
+  given = collect.Materials(digests={"base": base.digest()})
+  if not calibrated:
+    again = replay.replay(m.lineage, io.load(directories / "base"), [given], parse=registry.parse)
+    assert replay.differing(m, again) == []
+
+
+def test_a_budget_that_makes_no_sense_is_told(directories, tmp_path, fails):
+  args = ["apply", f"--model={directories / 'base'}", f"--out={tmp_path / 'out'}", "--budget=1GB"]
+  said = fails(*args, "--transform=compress.prune.magnitude()")
+  assert "chooses `bits` and `group_size` of one quantizer; compress.prune.magnitude() is" in said
+  assert "one quantizer" in fails(*args, f"--transform={RTN}", f"--transform={RTN}")
+  assert "--dry_run" in fails(*args, "--dry_run")
+  assert "is not a size" in fails(*args[:-1], "--budget=much")
