@@ -4,4 +4,37 @@
 from treesurgeon.registry import entries
 
 TABLE: dict[str, entries.Entry] = {
+  "compress.low_rank.asvd": entries.Entry(
+    factory="treesurgeon.compress.low_rank.asvd:asvd",
+    paper="Yuan et al., ASVD: Activation-aware singular value decomposition for compressing large "
+    "language models, 2023, arXiv 2312.05821",
+    oracle="tests/compress/low_rank/low_rank_test.py",
+    note="without the search for each kernel's rank",
+  ),
+  "compress.low_rank.eora": entries.Entry(
+    factory="treesurgeon.compress.low_rank.eora:eora",
+    paper="Liu et al., EoRA: Fine-tuning-free compensation for compressed LLM with eigenspace "
+    "low-rank approximation, 2024, arXiv 2410.21271",
+    oracle="tests/compress/low_rank/low_rank_test.py",
+    note="behind any compression; the original model is a donor",
+  ),
+  "compress.low_rank.lorc": entries.Entry(
+    factory="treesurgeon.compress.low_rank.lorc:lorc",
+    paper="Yao et al., ZeroQuant-V2: Exploring post-training quantization in LLMs from "
+    "comprehensive study to low rank compensation, 2023, arXiv 2303.08302",
+    oracle="tests/compress/low_rank/low_rank_test.py",
+    note="behind any quantizer; the original model is a donor",
+  ),
+  "compress.low_rank.svd": entries.Entry(
+    factory="treesurgeon.compress.low_rank.svd:svd",
+    paper="Eckart and Young, The approximation of one matrix by another of lower rank, 1936, "
+    "Psychometrika 1",
+    oracle="tests/compress/low_rank/low_rank_test.py",
+  ),
+  "compress.low_rank.svd_llm": entries.Entry(
+    factory="treesurgeon.compress.low_rank.svd_llm:svd_llm",
+    paper="Wang et al., SVD-LLM: Truncation-aware singular value decomposition for large language "
+    "model compression, 2024, arXiv 2403.07378",
+    oracle="tests/compress/low_rank/low_rank_test.py",
+  ),
 }
