@@ -97,11 +97,11 @@ def quantize(
   form = {"bits": bits, "format": format}
   if scales == "static" or group_size >= rows:
     groups = order // group_size if scales == "static" else jnp.zeros(rows, jnp.int32)
-    wide = grids.values(grid)
-    codes, _ = rounding.in_turn(w, ratios, wide, groups, form)
+    rule = rounding.by_groups(groups, form)
+    codes, _, _ = rounding.in_turn(w, ratios, grids.values(grid), rule)
   else:
-    groups = jnp.arange(rows) // group_size
-    codes, grid = rounding.in_turn(w, ratios, grid, groups, form, block=group_size, refit=fit)
+    rule = rounding.by_groups(jnp.arange(rows) // group_size, form)
+    codes, grid, _ = rounding.in_turn(w, ratios, grid, rule, block=group_size, refit=fit)
   failed = ~jnp.isfinite(ratios).all()
   grid = jax.tree.map(lambda a: _poison(a, failed), grid)
   group_index = None

@@ -9,17 +9,19 @@ inverse of H (Chen et al., arXiv:2507.18553); nothing need be inverted, and no m
 rewritten a row.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt8
 
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.core import linalg
 
 BLOCK, PART = 128, 16  # rows whose corrections are computed at once; matter to speed only
+# (number of a row, the row to round, grid) -> (codes, the values they stand for)
+Rule = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
 
 
 def ratios(h: Float[Array, "rows rows"], damping: float) -> Float[Array, "rows rows"]:
@@ -64,16 +66,40 @@ def without_dead(
   return w, h + jnp.diag(jnp.where(dead, fill, 0.0))
 
 
+def by_groups(groups: Int32[Array, " rows"], form: Mapping[str, Any]) -> Rule:
+  """Round every row to the grid of its group.
+
+  Args:
+    groups: group of each row.
+    form: bits and format.
+
+  Returns:
+    The rule.
+
+  Example:
+    >>> rule = by_groups(jnp.zeros(2, jnp.int32), {"bits": 4})
+    >>> codes, values = rule(jnp.int32(0), jnp.array([0.9]), grids.Grid(jnp.ones((1, 1)), None))
+    >>> codes.tolist(), values.tolist()
+    ([9], [1.0])
+  """
+
+  def rule(row: jax.Array, wanted: jax.Array, grid: Any) -> tuple[jax.Array, jax.Array]:
+    mine = jax.tree.map(lambda a: a[groups[row]], grid)
+    codes = grids.round_to(wanted, mine, **form)
+    return codes, grids.dequantize(codes, mine, **form)
+
+  return rule
+
+
 def in_turn(
   w: Float[Array, "rows cols"],
   ratios: Float[Array, "rows rows"],
-  grid: grids.Grid,
-  groups: Int32[Array, " rows"],
-  form: Mapping[str, Any],
+  grid: Any,
+  rule: Rule,
   *,
   block: int | None = None,
   refit: dict[str, Any] | None = None,
-) -> tuple[jax.Array, grids.Grid]:
+) -> tuple[UInt8[Array, "rows cols"], Any, Float[Array, "rows cols"]]:
   """Round rows one after another, each corrected for the errors of those before it.
 
   What earlier errors ask for is added first to a whole block of rows, then to a part of it, then to
@@ -83,26 +109,24 @@ def in_turn(
   Args:
     w: weights in float32, in the order of rounding.
     ratios: see `ratios`.
-    grid: scales and zero points, arrays, one row a group.
-    groups: group of each row.
-    form: bits and format.
+    grid: what the rule rounds to; with `refit` scales and zero points, arrays, one row a group.
+    rule: how to round a row; it is asked for rows of zeros beyond the last one too.
     block: rows corrected at once, which matters to speed only; None is `BLOCK`.
     refit: arguments of `grid.fit`; None keeps the grids.
 
   Returns:
-    (codes, grid).
+    (codes, grid, errors): the last are the weights less what the codes stand for.
 
   Example:
     >>> w, h = jnp.array([[1.0], [0.9]]), jnp.array([[1.0, 0.9], [0.9, 1.0]])
-    >>> grid = grids.Grid(jnp.ones((1, 1)), None)
-    >>> in_turn(w, ratios(h, 0.0), grid, jnp.zeros(2, jnp.int32), {"bits": 4})[0].ravel().tolist()
+    >>> grid, rule = grids.Grid(jnp.ones((1, 1)), None), by_groups(jnp.zeros(2, int), {"bits": 4})
+    >>> in_turn(w, ratios(h, 0.0), grid, rule)[0].ravel().tolist()
     [9, 9]
   """
   rows, cols = w.shape
   block = min(BLOCK, rows) if block is None else block
   more = -rows % block
   w = jnp.pad(w, [(0, more), (0, 0)])
-  groups = jnp.pad(groups, (0, more))
   ratios = jnp.pad(ratios, [(0, more), (0, more)])
   part = max(n for n in range(1, PART + 1) if block % n == 0)
 
@@ -141,10 +165,8 @@ def in_turn(
 
       def one_row(i: jax.Array, state: tuple) -> tuple:
         errors, codes = state
-        mine = jax.tree.map(lambda a: a[groups[start + first + i]], grid)
-        q = grids.round_to(wanted[i] + add(c[i], errors), mine, **form)
-        error = own[first + i] - grids.dequantize(q, mine, **form)
-        return errors.at[i].set(error), codes.at[i].set(q)
+        q, value = rule(start + first + i, wanted[i] + add(c[i], errors), grid)
+        return errors.at[i].set(own[first + i] - value), codes.at[i].set(q)
 
       new = jax.lax.fori_loop(0, part, one_row, empty(part))
       return put(errors, first, new[0]), put(codes, first, new[1])
@@ -153,5 +175,5 @@ def in_turn(
     return put(errors, start, new[0]), put(codes, start, new[1]), grid
 
   state = (*empty(rows + more), grid)
-  _, codes, grid = jax.lax.fori_loop(0, (rows + more) // block, one_block, state)
-  return codes[:rows], grid
+  errors, codes, grid = jax.lax.fori_loop(0, (rows + more) // block, one_block, state)
+  return codes[:rows], grid, errors[:rows]
