@@ -36,6 +36,7 @@ class Row:
     still: the transform's evidence at rest, in place of `neutral` (no requests).
     count: how many donors it is given.
     batches: makes its calibration data.
+    adapts: whether what is stored depends on the weights, so that shapes alone cannot tell it.
   """
 
   name: str
@@ -48,6 +49,7 @@ class Row:
   still: bool = False
   count: int = 2
   batches: Callable[[], list] = lambda: TEXT
+  adapts: bool = False
 
   def build(self, **more: Any) -> step.Transform:
     """Return the transform."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.core
 import numpy as np
 
 from treesurgeon.core import leaves, literals, model, paths, pieces, programs, varied
@@ -193,6 +194,8 @@ def over_leaves(
   raw: bool = False,
   split: bool | Callable[..., Sequence[Mapping[str, Any]]] = False,
   shared: str = "",
+  options: Sequence[Mapping[str, Any]] = (),
+  choose: Callable[..., Any] | None = None,
   scope: Literal["leaf", "block"] = "leaf",
 ) -> Step:
   """Lift an array function to a step that changes every selected leaf by itself.
@@ -222,6 +225,10 @@ def over_leaves(
     shared: one of `wants`. Leaves for which it is one object, as for all kernels that the same
       inputs feed, go through `fn` together, a tuple in and a tuple out, so that what is computed
       from it is computed once. Other evidence comes as tuples; without `knobs`, `random`, `split`.
+    options: further keyword arguments of `fn` to choose from for each leaf, where what is stored
+      depends on the weights. Under `jax.eval_shape`, which sees none, the first ones hold.
+    choose: `choose(w, options=options, **evidence, **hyper)` -> the index of a leaf's option;
+      options come as tuples of pairs.
     scope: "block" if a driver should recompute inputs between blocks.
 
   Returns:
@@ -268,6 +275,8 @@ def over_leaves(
       if random:
         given["key"] = leaf_key(key, address)
       given.update(jax.tree.map(np.float32, turned))
+      if choose is not None:
+        static |= options[_chosen(choose, w, given, static, options)]
       call = compiled(fn, tuple(sorted(static.items())))
       others = given[donors] if donors else ()
       where = pieces.bounds(w, others) if split else None
@@ -288,7 +297,7 @@ def over_leaves(
       fn, hyper=hyper, knobs=knobs, check=check,
       select=narrower if select is None else both(select, narrower),
       default=default, domain=domain, wants=wants, random=random, raw=raw, split=split,
-      shared=shared, scope=scope,
+      shared=shared, options=options, choose=choose, scope=scope,
     )  # fmt: skip
 
   return Step(_aim(wants, pattern), apply, scope, {}, units, reselect)
@@ -592,6 +601,19 @@ def _naming(address: str, call: Callable[[Any, Any], Any], w: Any, given: Any) -
     return call(w, given)
   except ValueError as error:
     raise ValueError(f"{address}: {error}") from error
+
+
+def _chosen(
+  choose: Callable[..., Any],
+  w: Any,
+  given: Mapping[str, Any],
+  static: Mapping[str, Any],
+  options: Sequence[Mapping[str, Any]],
+) -> int:
+  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((w, given))):
+    return 0
+  listed = tuple(tuple(sorted(o.items())) for o in options)
+  return int(compiled(choose, tuple(sorted({**static, "options": listed}.items())))(w, given))
 
 
 def _donor_count(wants: Mapping[str, needs_lib.Need], given: Mapping[str, Any]) -> int:

@@ -48,6 +48,29 @@ def test_a_selection_without_a_match_is_named():
     scale(2.0, "layers/9/.*").units(model.Model(None, TREE).addresses())
 
 
+def cut(w, *, keep, by):
+  return w[..., :keep] * by
+
+
+def fewest(w, *, options, by):
+  del by
+  return jnp.argmax(jnp.array([dict(o)["keep"] >= w[0, 0] for o in options]))
+
+
+def test_a_leaf_chooses_an_option_by_its_weights():
+  options = [{"keep": 1}, {"keep": 2}, {"keep": 4}]
+  one = step.over_leaves(cut, hyper={"by": 10.0}, options=options, choose=fewest)
+  m = model.Model(None, {"layers": {f"{i}:{i + 1}": {"kernel": jnp.full((1, 2, 4), i + 1.0)}
+                                    for i in range(3)}})  # fmt: skip
+  out = one.apply(m, {}, KEY)
+  assert [out.leaf(f"layers/{i}/kernel").shape for i in range(3)] == [(2, 1), (2, 2), (2, 4)]
+  assert values(out) == {f"layers/{i}/kernel": 10.0 * (i + 1) for i in range(3)}
+  (aimed,) = step.by_path([("layers/2/.*", (step.named(one, {"name": "cut", "given": {}}),))])
+  assert aimed.apply(m, {}, KEY).leaf("layers/2/kernel").shape == (2, 4)
+  planned = jax.eval_shape(lambda p: one.apply(m.replace(params=p), {}, KEY).params, m.params)
+  assert {x.shape for x in jax.tree.leaves(planned)} == {(3, 2, 1)}  # it sees no weights
+
+
 def test_keys_depend_on_the_address_alone():
   one = step.over_leaves(noise, hyper={}, random=True)
   m = model.Model(None, TREE)
