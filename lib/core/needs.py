@@ -19,19 +19,24 @@ Evidence = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Statistic:
-  """A statistic of the inputs of linear kernels, or of the loss gradient at leaves.
+  """A statistic of the inputs of linear kernels, or of the loss at leaves.
 
   Attributes:
     fold: a name from `stats.FOLDS`, such as "second_moment", which is handed over as the fold's
-      state; or "fisher", an array of the leaf's shape.
+      state; or a statistic of the loss, taken before the step changes anything: "fisher" and
+      "gradient", arrays of the leaf's shape, or "slope", a `stats.Slope`.
     select: regular expression over addresses; None means the step's own selection.
     of: "model" takes it on the model as it stands; "donors" on every donor and that donor's
-      batches, and hands over a tuple with one value a donor.
+      batches, and hands over a tuple with one value a donor; "sets", for statistics of the loss,
+      on the model with each of several calibration sets, a tuple with one value a set.
+    block: of "fisher", takes this many consecutive rows of a column together and hands over the
+      diagonal blocks, (..., blocks, cols, block, block), the last ones padded with zeros.
   """
 
   fold: str
   select: str | None = None
-  of: Literal["model", "donors"] = "model"
+  of: Literal["model", "donors", "sets"] = "model"
+  block: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax
 from treesurgeon import models
 from treesurgeon.core import model as model_lib
 from treesurgeon.core import needs, paths, step
-from treesurgeon.run import collect, donors, progress, statistics
+from treesurgeon.run import collect, donors, gradients, progress, statistics
 
 
 def walk(
@@ -40,7 +40,7 @@ def walk(
   _refuse_torn(one, units)
   chosen = {a for unit in units for a in unit}
   asked = {n: w for n, w in one.needs.items() if isinstance(w, needs.Statistic)}
-  taps = {n: w for n, w in asked.items() if w.fold != "fisher"}
+  taps = {n: w for n, w in asked.items() if w.fold not in gradients.FOLDS}
   tuned = {n: w for n, w in one.needs.items() if isinstance(w, needs.Blocks)}
   rest = [n for n in one.needs if n not in taps and n not in tuned]
   given = collect.given(one, model, materials, rest)

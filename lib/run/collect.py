@@ -12,7 +12,7 @@ import numpy as np
 from treesurgeon.core import meshes, needs, paths, step
 from treesurgeon.core import model as model_lib
 from treesurgeon.run import donors as donors_lib
-from treesurgeon.run import statistics
+from treesurgeon.run import gradients, statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Materials:
     batches: token batches (batch, length), or mappings of arrays such as {"inputs", "labels"}
       (`models.losses`), iterated as often as needed.
     donors: other models, read leaf by leaf.
-    donor_batches: each donor's own batches; empty gives every donor `batches`.
+    donor_batches: each donor's own batches, or the calibration sets of a step that takes several;
+      empty gives every donor `batches`.
     requests: edit requests; None if there are none to hand over, which a step that needs some
       refuses.
     open_model: resolves a donor's name in an expression to a source.
@@ -92,7 +93,7 @@ def given(
   out: dict[str, Any] = {}
   asked = {n: w for n in names if isinstance(w := one.needs[n], needs.Statistic)}
   own = {n: w for n, w in asked.items() if w.of == "model"}
-  taps = {n: w for n, w in own.items() if w.fold != "fisher"}
+  taps = {n: w for n, w in own.items() if w.fold not in gradients.FOLDS}
   if taps:
     collected = statistics.tap_statistics(
       model, statistics.wanted(taps, model.addresses()), materials.batches
@@ -100,7 +101,11 @@ def given(
     for name, need in taps.items():
       out[name] = {a: s for (fold, a), s in collected.items() if fold == need.fold}
   for name in own.keys() - taps.keys():
-    out[name] = statistics.fisher(model, materials.batches, select=own[name].select)
+    out[name] = gradients.take(own[name], model, materials.batches)
+  for name, need in asked.items():
+    if need.of == "sets":
+      sets = materials.donor_batches or [materials.batches]
+      out[name] = donors_lib.Together([gradients.take(need, model, b) for b in sets])
   theirs = {n: w for n, w in asked.items() if w.of == "donors"}
   if theirs:
     found = sources(one, model, materials)
@@ -127,10 +132,10 @@ def require(one: step.Step, materials: Materials) -> None:
   """
   for need in one.needs.values():
     if isinstance(need, needs.Statistic | needs.Batches | needs.Blocks):
-      theirs = not isinstance(need, needs.Blocks) and need.of == "donors"
+      theirs = not isinstance(need, needs.Blocks) and need.of != "model"
       own = materials.donor_batches if theirs else ()
       for i, batches in enumerate(own or [materials.batches]):
-        whose = f" for donor {i}" if own else ""
+        whose = "" if not own else f" for donor {i}" if need.of == "donors" else f" in set {i}"
         if iter(batches) is batches:
           raise ValueError(f"{one!r}: calibration batches are read more than once; give a list")
         if hasattr(batches, "__len__") and not len(batches):  # pyright: ignore[reportArgumentType]

@@ -10,7 +10,7 @@ from typing import Any
 
 from treesurgeon.core import meshes, needs, paths
 from treesurgeon.core import model as model_lib
-from treesurgeon.run import statistics
+from treesurgeon.run import gradients, statistics
 
 
 class Together(Mapping[str, tuple[Any, ...]]):
@@ -135,10 +135,10 @@ def gather(
     For each name, address to a tuple with one value a donor.
 
   Raises:
-    ValueError: as `statistics.wanted`, `statistics.covered` and `statistics.fisher`, naming the
+    ValueError: as `statistics.wanted`, `statistics.covered` and `gradients.take`, naming the
       donor.
   """
-  taps = {n: w for n, w in wants.items() if w.fold != "fisher"}
+  taps = {n: w for n, w in wants.items() if w.fold not in gradients.FOLDS}
   want = statistics.wanted(taps, names) if taps else {}
   found: dict[str, list[Mapping[str, Any]]] = {n: [] for n in wants}
   for i, (source, mine) in enumerate(zip(sources, batches, strict=True)):
@@ -147,8 +147,8 @@ def gather(
       donor = donor.replace(params=meshes.to_auto(donor.params))
       seen = statistics.tap_statistics(donor, want, mine) if want else {}
       for name, need in wants.items():
-        if need.fold == "fisher":
-          found[name].append(statistics.fisher(donor, mine, select=need.select))
+        if need.fold in gradients.FOLDS:
+          found[name].append(gradients.take(need, donor, mine))
         else:
           found[name].append({a: s for (fold, a), s in seen.items() if fold == need.fold})
     except paths.NoMatch:

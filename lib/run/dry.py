@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from treesurgeon import models, stats
 from treesurgeon.core import model as model_lib
 from treesurgeon.core import needs, paths, step
-from treesurgeon.run import statistics
+from treesurgeon.run import gradients, statistics
 
 
 def dry_run(transform: step.Transform, model: model_lib.Model, *, donors: int = 1) -> Any:
@@ -68,12 +68,12 @@ def _evidence(need: needs.Need, model: model_lib.Model, names: list[str], donors
   out = {}
   for address in paths.select(names, need.select or step.BLOCK_KERNELS):
     shape = model.leaf(address).shape
-    if need.fold == "fisher":
-      out[address] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    if need.fold in gradients.FOLDS:
+      out[address] = gradients.shape(need, model.leaf(address))
     else:
       out[address] = jax.eval_shape(lambda f=need.fold, n=shape[-2]: stats.FOLDS[f].init(n))
-    if need.of == "donors":
-      out[address] = (out[address],) * donors
+    if need.of != "model":
+      out[address] = (out[address],) * (donors if need.of == "donors" else 2)
   return out
 
 

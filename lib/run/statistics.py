@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from treesurgeon import models, stats
-from treesurgeon.core import leaves, meshes, needs, paths, step
+from treesurgeon.core import meshes, needs, paths, step
 from treesurgeon.core import model as model_lib
 
 Wanted = dict[tuple[str, str], list[str]]  # (need's fold, address) -> names of the needs
@@ -52,7 +52,9 @@ def wanted(statistics: Mapping[str, needs.Statistic], names: Sequence[str]) -> W
   out: Wanted = {}
   for name, need in statistics.items():
     if need.fold not in stats.FOLDS:
-      raise ValueError(f"unknown statistic {need.fold!r}; known: {', '.join(stats.FOLDS)}, fisher")
+      raise ValueError(
+        f"unknown statistic {need.fold!r}; known: {', '.join(stats.FOLDS)}, fisher, gradient, slope"
+      )
     for address in paths.select(names, need.select or step.BLOCK_KERNELS):
       out.setdefault((need.fold, address), []).append(name)
   return out
@@ -263,49 +265,6 @@ def covered(want: Wanted, states: Mapping[int, Any]) -> dict[tuple[str, str], An
   return out
 
 
-def fisher(
-  model: model_lib.Model, batches: Iterable[Any], *, select: str | None = None
-) -> Mapping[str, Any]:
-  """Collect the diagonal empirical Fisher information of leaves.
-
-  Args:
-    model: the model; the leaves selected must not be compressed.
-    batches: token batches, or mappings (`models.losses`).
-    select: regular expression over addresses; None means every leaf. Layers stacked with one that
-      is selected come along.
-
-  Returns:
-    Address to the mean squared per-example gradient, float32.
-
-  Raises:
-    ValueError: if a leaf is compressed, nothing is selected, or there was no example.
-  """
-  chosen = set(paths.select(model.addresses(), select or ".*"))
-  params = meshes.to_auto(model.params)
-  stacks = {
-    name: set(paths.addresses(paths.nest({name: x}))) for name, x in paths.walk(params).items()
-  }
-  flat = {name: x for name, x in paths.walk(params).items() if stacks[name] & chosen}
-  packed = [
-    sorted(stacks[n] & chosen, key=paths.natural)[0] for n, x in flat.items() if leaves.is_leaf(x)
-  ]
-  if packed:
-    raise ValueError(
-      f"{packed[0]}: a compressed leaf has no gradient; take Fisher before compressing"
-    )
-  rest = {name: x for name, x in paths.walk(params).items() if name not in flat}
-  loss = _loss(model.spec)
-  total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), flat)
-  count = 0
-  for batch in batches:
-    rows = jax.tree.map(jnp.asarray, batch)
-    total = stats.add_squared_gradients(total, flat, rows, rest, loss=loss)
-    count += len(models.inputs(rows))
-  if not count:
-    raise ValueError("Fisher information needs at least one example and there was none")
-  return TreeView(paths.nest(total), lambda x: x / count)
-
-
 def embed(model: model_lib.Model, batch: Any) -> jax.Array:
   """Embed a batch.
 
@@ -481,11 +440,3 @@ def _merge(pairs: tuple[tuple[str, str], ...], states: Any, seen: Mapping[str, A
   if states is None:
     return new
   return tuple(stats.FOLDS[f].merge(s, n) for (f, _), s, n in zip(pairs, states, new, strict=True))
-
-
-@functools.lru_cache(maxsize=32)
-def _loss(spec: Any) -> Callable[..., jax.Array]:
-  def loss(flat: Any, batch: Any, rest: Any) -> jax.Array:
-    return models.nll(spec, paths.nest({**rest, **flat}), batch)
-
-  return loss

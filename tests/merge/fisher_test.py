@@ -9,7 +9,7 @@ import pytest
 from treesurgeon import models, registry
 from treesurgeon.core import model, needs
 from treesurgeon.merge import fisher, linear
-from treesurgeon.run import collect, drivers, statistics
+from treesurgeon.run import collect, drivers, gradients
 
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)
@@ -76,7 +76,7 @@ def test_a_model_is_merged_by_each_donors_own_information(normalize):
   given = collect.Materials(donors=donors, donor_batches=OWN)
   (one,) = fisher.fisher(normalize=normalize, floor=1e-12)
   done = drivers.run((one,), base, given)
-  info = [statistics.fisher(d, b) for d, b in zip(donors, OWN, strict=True)]
+  info = [gradients.fisher(d, b) for d, b in zip(donors, OWN, strict=True)]
   names = base.addresses()
   f = [{a: np.float64(i[a]) for a in names} for i in info]
   if normalize:

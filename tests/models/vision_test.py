@@ -11,7 +11,7 @@ from treesurgeon import io, models, registry
 from treesurgeon.core import model, needs, paths, step
 from treesurgeon.io import orbax
 from treesurgeon.models import hf, vision
-from treesurgeon.run import collect, drivers, statistics
+from treesurgeon.run import collect, drivers, gradients, statistics
 from treesurgeon.train import feed, flops, loop
 
 IMAGE = {"image_size": 4, "num_classes": 3, "d_model": 6, "num_layers": 2, "channels": 2}
@@ -180,7 +180,7 @@ def test_drivers_and_methods_take_it(name):
 
 def test_fisher_is_of_the_labels():
   m = make("mlp")
-  found = statistics.fisher(m, BATCHES, select="head/bias")["head/bias"]
+  found = gradients.fisher(m, BATCHES, select="head/bias")["head/bias"]
   want = np.zeros(3)
   for batch in BATCHES:
     p = np.asarray(jax.nn.softmax(models.forward(m.spec, m.params, batch["inputs"]).logits))

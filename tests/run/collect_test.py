@@ -7,7 +7,7 @@ import pytest
 
 from treesurgeon import models, registry
 from treesurgeon.core import model, needs, paths, step
-from treesurgeon.run import collect, statistics
+from treesurgeon.run import collect, gradients, statistics
 
 SPEC = models.Spec(vocab_size=19, d_model=8, num_layers=3, num_heads=2, d_ff=12, max_positions=16)
 ENCODER = models.Spec(
@@ -80,7 +80,7 @@ def test_statistics_see_compressed_and_split_layers():
 
 def test_fisher_is_the_mean_squared_gradient_of_single_examples():
   m = make()
-  found = statistics.fisher(m, TEXT)
+  found = gradients.fisher(m, TEXT)
 
   def loss(params, row):
     logits = models.forward(m.spec, params, row[None, :-1]).logits
@@ -101,12 +101,12 @@ def test_fisher_of_some_leaves_leaves_the_others_out():
   m = make()
   (one,) = registry.parse("compress.quantize.rtn(select='.*/attn/.*')")
   mixed = one.apply(m, {}, jax.random.key(0))
-  found = statistics.fisher(mixed, TEXT, select="layers/./mlp/up/kernel")
+  found = gradients.fisher(mixed, TEXT, select="layers/./mlp/up/kernel")
   assert list(found) == [f"layers/{i}/mlp/up/kernel" for i in range(3)]
   with pytest.raises(ValueError, match="layers/0/attn/./kernel: a compressed leaf has no gradient"):
-    statistics.fisher(mixed, TEXT)
+    gradients.fisher(mixed, TEXT)
   with pytest.raises(ValueError, match="at least one example"):
-    statistics.fisher(m, [])
+    gradients.fisher(m, [])
 
 
 def test_nothing_compiles_for_another_layer_or_batch():

@@ -10,7 +10,7 @@ import pytest
 
 from treesurgeon import models, registry
 from treesurgeon.core import model, needs, paths, step
-from treesurgeon.run import collect, donors, drivers, dry, statistics
+from treesurgeon.run import collect, donors, drivers, dry, gradients
 
 SPEC = models.Spec(vocab_size=19, d_model=8, num_layers=2, num_heads=2, d_ff=12, max_positions=16)
 TEXT = [np.random.default_rng(i).integers(0, 19, (2, 6)) for i in range(2)]
@@ -78,7 +78,7 @@ def test_each_donor_is_measured_on_its_batches(own, wrap):
     )["h"][UP]  # fmt: skip
     np.testing.assert_array_equal(found["h"][UP][i].moment, alone.moment)
     np.testing.assert_array_equal(
-      found["f"][UP][i], statistics.fisher(donor, batches, select=UP)[UP]
+      found["f"][UP][i], gradients.fisher(donor, batches, select=UP)[UP]
     )
   assert list(found["h"]) == [UP]
   assert UP in list(found["f"]) and len(found["f"]) == 2  # stacked layers come along

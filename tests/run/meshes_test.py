@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from treesurgeon import models, registry
 from treesurgeon.core import leaves, model
-from treesurgeon.run import collect, drivers, statistics
+from treesurgeon.run import collect, drivers, gradients
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 kind = getattr(jax.sharding.AxisType, sys.argv[1])
@@ -39,7 +39,7 @@ for go in (drivers.run, drivers.run_blockwise):
   for x, y in zip(jax.tree.leaves(spread.params), jax.tree.leaves(b.params), strict=True):
     assert x.sharding.mesh == y.sharding.mesh == mesh
     assert x.sharding.is_equivalent_to(y.sharding, x.ndim), (x.sharding, y.sharding)
-one, many = (statistics.fisher(m, text) for m in (alone, spread))
+one, many = (gradients.fisher(m, text) for m in (alone, spread))
 np.testing.assert_allclose(
   one["layers/1/mlp/up/kernel"], many["layers/1/mlp/up/kernel"], rtol=1e-3, atol=1e-8
 )
