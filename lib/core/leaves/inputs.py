@@ -59,14 +59,21 @@ class ActivationQuantized(base.Compressed):
     top = jnp.abs(x.astype(jnp.float32)).max(
       axis=-1 if self.per == "token" else None, keepdims=True
     )
-    scale = top / formats.divisor(self.format, self.bits)
+    scale = _divide(top, jnp.float32(formats.divisor(self.format, self.bits)))
     return jnp.broadcast_to(jnp.where(scale == 0, 1.0, scale), (*x.shape[:-1], 1))
 
   def codes_of(self, x: jax.Array, scales: jax.Array) -> jax.Array:
     """Round inputs to units of their scales, float32: whole numbers, or values of the table."""
-    units = x.astype(jnp.float32) / scales
+    units = _divide(x.astype(jnp.float32), scales)
     if self.format == "int":
       half = 2.0 ** (self.bits - 1)
       return jnp.clip(jnp.round(units), -half, half - 1)
     table = jnp.asarray(formats.levels(self.format, self.bits))
     return table[formats.encode(units, self.format, self.bits)]
+
+
+def _divide(x: jax.Array, by: jax.Array) -> jax.Array:
+  """Divide as IEEE says. XLA multiplies by the reciprocal of what is broadcast, and one bit counts:
+  a token's largest input lies half way between two codes, -127.5 units.
+  """
+  return x / jax.lax.optimization_barrier(jnp.broadcast_to(by, x.shape))
