@@ -153,6 +153,13 @@ ROWS = (
     quantized,
     reduces=True,
   ),
+  Row(
+    "compress.quantize.hqq",
+    {"bits": 3, "group_size": 8},
+    {"bits": 4},
+    done("compress.quantize.hqq", bits=4, group_size=8),
+    reduces=True,
+  ),
   Row("compress.quantize.rtn", {"bits": 3, "group_size": 8}, {"bits": 4}, quantized),
   Row(
     "compress.quantize.vptq",

@@ -32,6 +32,12 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/quantize/gradient_ptq_test.py",
     note="the paper's factors by its abstract; defaults are by our own study",
   ),
+  "compress.quantize.hqq": entries.Entry(
+    factory="treesurgeon.compress.quantize.hqq:hqq",
+    paper="Badri and Shaji, Half-quadratic quantization of large machine learning models, 2023",
+    oracle="tests/compress/quantize/hqq_test.py",
+    note="gains over min-max what the package does; groups along the inputs",
+  ),
   "compress.quantize.rtn": entries.Entry(
     factory="treesurgeon.compress.quantize.rtn:rtn",
     paper="Nagel et al., A white paper on neural network quantization, 2021, arXiv 2106.08295",
