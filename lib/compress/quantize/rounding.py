@@ -14,14 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, UInt8
+from jaxtyping import Array, Float, Int32
 
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.core import linalg
 
 BLOCK, PART = 128, 16  # rows whose corrections are computed at once; matter to speed only
-# (number of a row, the row to round, grid) -> (codes, the values they stand for)
-Rule = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
+# (number of a row, the row to round, grid) -> (codes or a tree of them, the values they stand for)
+Rule = Callable[[jax.Array, jax.Array, Any], tuple[Any, jax.Array]]
 
 
 def ratios(h: Float[Array, "rows rows"], damping: float) -> Float[Array, "rows rows"]:
@@ -99,7 +99,7 @@ def in_turn(
   *,
   block: int | None = None,
   refit: dict[str, Any] | None = None,
-) -> tuple[UInt8[Array, "rows cols"], Any, Float[Array, "rows cols"]]:
+) -> tuple[Any, Any, Float[Array, "rows cols"]]:
   """Round rows one after another, each corrected for the errors of those before it.
 
   What earlier errors ask for is added first to a whole block of rows, then to a part of it, then to
@@ -115,7 +115,8 @@ def in_turn(
     refit: arguments of `grid.fit`; None keeps the grids.
 
   Returns:
-    (codes, grid, errors): the last are the weights less what the codes stand for.
+    (codes, grid, errors): what the rule returned, stacked; the grid; the weights less what the
+    codes stand for.
 
   Example:
     >>> w, h = jnp.array([[1.0], [0.9]]), jnp.array([[1.0, 0.9], [0.9, 1.0]])
@@ -129,15 +130,18 @@ def in_turn(
   w = jnp.pad(w, [(0, more), (0, 0)])
   ratios = jnp.pad(ratios, [(0, more), (0, more)])
   part = max(n for n in range(1, PART + 1) if block % n == 0)
+  code, _ = jax.eval_shape(rule, jnp.int32(0), w[0], grid)
 
   def cut(a: jax.Array, start: jax.Array, count: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(a, start, count, axis=0)
 
-  def put(a: jax.Array, start: jax.Array, new: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(a, new.astype(a.dtype), start, axis=0)
+  def put(a: Any, start: jax.Array, new: Any) -> Any:
+    one = lambda a, x: jax.lax.dynamic_update_slice_in_dim(a, x, start, axis=0)
+    return jax.tree.map(one, a, new)
 
-  def empty(count: int) -> tuple[jax.Array, jax.Array]:
-    return jnp.zeros((count, cols), jnp.float32), jnp.zeros((count, cols), jnp.uint8)
+  def empty(count: int) -> tuple[jax.Array, Any]:
+    codes = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), code)
+    return jnp.zeros((count, cols), jnp.float32), codes
 
   def within(c: jax.Array, start: jax.Array, count: int) -> jax.Array:
     return jax.lax.dynamic_slice(c, (jnp.zeros_like(start), start), (count, count))
@@ -154,7 +158,7 @@ def in_turn(
     if refit is not None:
       free = jax.scipy.linalg.solve_triangular(inner, ahead, lower=True, unit_diagonal=True)
       new = grids.fit(own + free, group_size=block, **refit)
-      grid = jax.tree.map(lambda a, x: put(a, b, x), grid, new)
+      grid = jax.tree.map(lambda a, x: put(a, b, x.astype(a.dtype)), grid, new)
 
     def one_part(p: jax.Array, state: tuple) -> tuple:
       errors, codes = state
@@ -166,7 +170,8 @@ def in_turn(
       def one_row(i: jax.Array, state: tuple) -> tuple:
         errors, codes = state
         q, value = rule(start + first + i, wanted[i] + add(c[i], errors), grid)
-        return errors.at[i].set(own[first + i] - value), codes.at[i].set(q)
+        codes = jax.tree.map(lambda a, x: a.at[i].set(x), codes, q)
+        return errors.at[i].set(own[first + i] - value), codes
 
       new = jax.lax.fori_loop(0, part, one_row, empty(part))
       return put(errors, first, new[0]), put(codes, first, new[1])
@@ -176,4 +181,4 @@ def in_turn(
 
   state = (*empty(rows + more), grid)
   errors, codes, grid = jax.lax.fori_loop(0, (rows + more) // block, one_block, state)
-  return codes[:rows], grid, errors[:rows]
+  return jax.tree.map(lambda a: a[:rows], codes), grid, errors[:rows]

@@ -23,10 +23,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from treesurgeon.compress.quantize import kmeans
-from treesurgeon.core import leaves, linalg, needs, packing, step
+from treesurgeon.compress.quantize import kmeans, rounding
+from treesurgeon.core import leaves, needs, packing, step
 
-BLOCK = 128  # rows whose corrections are computed at once; matter to speed only
 LARGEST, SHARE = 2**16, 32  # entries of a table; vectors that must share one on average
 
 
@@ -68,30 +67,24 @@ def quantize(
   few = min(math.ceil(outliers * rows), rows - 1)
   active = jnp.diag(h).astype(jnp.float32)
   order = jnp.argsort(-active, stable=True)
-  h, dead = h.astype(jnp.float32)[order][:, order], (active == 0)[order]
-  vectors = w[order].astype(jnp.float32)
-  vectors = jnp.where(dead[:, None] & ~dead.all(), 0.0, vectors)[few:]
-  vectors = jnp.pad(vectors, [(0, 0), (0, -cols % length)]).reshape(rows - few, -1, length)
-  h = (h + jnp.diag(jnp.where(dead, jnp.where(dead.all(), 1.0, active.mean()), 0.0)))[few:, few:]
-  weights = jnp.where(dead.all(), 1.0, active[order])[few:]
-  low, _ = linalg.damped_cholesky(h[::-1, ::-1], damping)
-  ratios = jnp.tril(low.T[::-1, ::-1] / jnp.diag(low)[::-1, None], -1)
+  alive, h = rounding.without_dead(w.astype(jnp.float32), h.astype(jnp.float32))
+  vectors = jnp.pad(alive[order][few:], [(0, 0), (0, -cols % length)])
+  across = vectors.shape[1] // length
+  ratios = rounding.ratios(h[order][:, order][few:, few:], damping)
+  weights = jnp.repeat(jnp.where(active.max() > 0, active[order], 1.0)[few:], across)
 
   def table(x: jax.Array, k: int, salt: int) -> jax.Array:
-    found = kmeans.fit(
-      x.reshape(-1, length), k=k, key=jax.random.fold_in(key, salt), iterations=iterations,
-      weights=jnp.repeat(weights, x.shape[1]),
-    )  # fmt: skip
+    points, key_of = x.reshape(-1, length), jax.random.fold_in(key, salt)
+    found = kmeans.fit(points, k=k, key=key_of, weights=weights, iterations=iterations)
     return found.centroids.astype(w.dtype)
 
-  count = vectors.shape[0] * vectors.shape[1]
-  tables = (table(vectors, entries or default_entries(count), 0),)
-  indices, left = _in_turn(vectors, ratios, tables)
+  tables = (table(vectors, entries or default_entries(len(weights)), 0),)
+  (indices, left), _, _ = rounding.in_turn(vectors, ratios, tables, _nearest)
   if residual:
     tables = (*tables, table(left, residual, 1))
-    indices, _ = _in_turn(vectors, ratios, tables)
+    (indices, _), _, _ = rounding.in_turn(vectors, ratios, tables, _nearest)
   back = jnp.argsort(order[few:])
-  failed = ~jnp.isfinite(low).all()
+  failed = ~jnp.isfinite(ratios).all()
   parts = [
     _leaf(index[back], jnp.where(failed, jnp.nan, t), cols)
     for index, t in zip(indices, tables, strict=True)
@@ -205,50 +198,14 @@ def _leaf(index: jax.Array, table: jax.Array, cols: int) -> leaves.Codebook:
   return leaves.Codebook(codes, table, len(index), cols, bits, 1, width=table.shape[1])
 
 
-def _in_turn(
-  w: jax.Array, ratios: jax.Array, tables: tuple[jax.Array, ...]
-) -> tuple[list[jax.Array], jax.Array]:
-  """Round the rows of vectors one after another.
-
-  Returns:
-    (the indices into each table, what was to be rounded minus what it was rounded to).
-  """
-  rows, across, length = w.shape
-  block = min(BLOCK, rows)
-  more = -rows % block
-  w = jnp.pad(w.reshape(rows, -1), [(0, more), (0, 0)])
-  ratios = jnp.pad(ratios, [(0, more), (0, more)])
-
-  def cut(a: jax.Array, start: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(a, start, block, axis=0)
-
-  def put(a: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(a, new, start, axis=0)
-
-  def empty(count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    indices = jnp.zeros((count, len(tables), across), jnp.int32)
-    return jnp.zeros((count, across * length)), jnp.zeros((count, across * length)), indices
-
-  def one_block(b: jax.Array, state: tuple) -> tuple:
-    start = b * block
-    c, own = cut(ratios, start), cut(w, start)
-    wanted = own + jnp.matmul(c, state[0], precision="highest")
-    c = jax.lax.dynamic_slice(c, (jnp.zeros_like(start), start), (block, block))
-
-    def one_row(i: jax.Array, state: tuple) -> tuple:
-      errors, left, indices = state
-      x = wanted[i] + jnp.matmul(c[i], errors, precision="highest")
-      rest, found = x.reshape(across, length), []
-      for t in tables:
-        found.append(kmeans.nearest(rest, t)[0])
-        rest = rest - t.astype(jnp.float32)[found[-1]]
-      rest = rest.ravel()
-      at = jnp.stack(found)
-      return errors.at[i].set(own[i] - (x - rest)), left.at[i].set(rest), indices.at[i].set(at)
-
-    new = jax.lax.fori_loop(0, block, one_row, empty(block))
-    return tuple(put(a, x, start) for a, x in zip(state, new, strict=True))
-
-  count = rows + more
-  _, left, indices = jax.lax.fori_loop(0, count // block, one_block, empty(count))
-  return [indices[:rows, i] for i in range(len(tables))], left[:rows].reshape(rows, across, length)
+def _nearest(
+  row: jax.Array, wanted: jax.Array, tables: tuple[jax.Array, ...]
+) -> tuple[tuple[list[jax.Array], jax.Array], jax.Array]:
+  """Round a row to sums of vectors: ((the indices into each table, what is left over), values)."""
+  del row
+  left, indices = wanted.reshape(-1, tables[0].shape[1]), []
+  for table in tables:
+    indices.append(kmeans.nearest(left, table)[0])
+    left = left - table.astype(jnp.float32)[indices[-1]]
+  left = left.ravel()
+  return (indices, left), wanted - left

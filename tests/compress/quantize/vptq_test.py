@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from treesurgeon.compress.quantize import kmeans, vptq
+from treesurgeon.compress.quantize import kmeans, rounding, vptq
 from treesurgeon.core import leaves, model
 from treesurgeon.stats import folds
 
@@ -21,7 +21,7 @@ solve = functools.partial(jax.jit, static_argnames=HYPER)(functools.partial(vptq
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
   """Corrects several blocks of rows, the last of them not full."""
-  monkeypatch.setattr(vptq, "BLOCK", 10)
+  monkeypatch.setattr(rounding, "BLOCK", 10)
 
 
 def problem(rows=24, cols=18, seed=0):
