@@ -123,6 +123,14 @@ ROWS = (
     {"sparsity": 0.0, "steps": 0},
     reduces=True,
   ),
+  # A rate so small that rounding, which Adam turns into whole steps, stays within the tolerance.
+  Row(
+    "compress.distill.logits",
+    {"steps": 2, "rate": 1e-5},
+    {"steps": 0},
+    count=1,
+    reduces=True,
+  ),
   Row("compress.low_rank.asvd", {"rank": 4}, {"rank": 16}, reduces=True),
   Row("compress.low_rank.eora", {"rank": 2}, {"rank": 0}, quantized, count=1, reduces=True),
   Row("compress.low_rank.lorc", {"rank": 2}, {"rank": 0}, quantized, count=1, reduces=True),
@@ -132,11 +140,25 @@ ROWS = (
   Row("compress.prune.sparsegpt", neutral={"sparsity": 0.0}, reduces=True),
   Row("compress.prune.wanda", neutral={"sparsity": 0.0}),
   Row(
+    "compress.quantize.aqlm",
+    {**VQ, "length": 2, "tables": 2, "epochs": 1, "rate": 1e-6},
+    {"length": 4, "tables": 1, "epochs": 0},
+    done("compress.quantize.aqlm", **VQ, epochs=0),
+    reduces=True,
+  ),
+  Row(
     "compress.quantize.autoround",
     {"bits": 3, "group_size": 8, "steps": 2},
     {"bits": 4},
     quantized,
     reduces=True,
+  ),
+  Row(
+    "compress.quantize.finequant",
+    {"bits": 3, "smallest": 4, "shrink": 0.9},
+    {"bits": 4},
+    quantized,
+    adapts=True,
   ),
   Row(
     "compress.quantize.flexround",
@@ -317,10 +339,11 @@ FULL = {
   "merge.ties", "merge.tsv_merge",
 }  # fmt: skip
 LEARN = {
+  "compress.distill.logits",
   "compress.quantize.gradient_ptq",
   "compress.quantize.flexround",
   "compress.quantize.autoround",
-  "compress.prune.gradual", "compress.quantize.vptq",
+  "compress.prune.gradual", "compress.quantize.aqlm", "compress.quantize.vptq",
   "merge.adamerging", "merge.arcee_fusion", "merge.atlas", "merge.bang", "merge.dam", "merge.pcb",
   "merge.optmerge", "merge.pleas", "merge.rebasin", "merge.salsa", "merge.soup_learned",
   "merge.sparse_model_soups", "merge.unconstrained", "merge.wudi",

@@ -4,12 +4,24 @@
 from treesurgeon.registry import entries
 
 TABLE: dict[str, entries.Entry] = {
+  "compress.quantize.aqlm": entries.Entry(
+    factory="treesurgeon.compress.quantize.aqlm:aqlm",
+    paper="Egiazarian et al., AQLM, 2024, arXiv 2401.06118",
+    oracle="tests/compress/quantize/aqlm_test.py",
+    note="tables by least squares, not Adam; block tuning keeps its best",
+  ),
   "compress.quantize.autoround": entries.Entry(
     factory="treesurgeon.compress.quantize.autoround:autoround",
     paper="Cheng et al., Optimize weight rounding via signed gradient descent, 2023, "
     "arXiv 2309.05516",
     oracle="tests/compress/quantize/autoround_test.py",
     note="symmetric grids are those of compressed-tensors, not the ones of negative scales",
+  ),
+  "compress.quantize.finequant": entries.Entry(
+    factory="treesurgeon.compress.quantize.finequant:finequant",
+    paper="Kim et al., FineQuant, 2023, arXiv 2308.09723",
+    oracle="tests/compress/quantize/finequant_test.py",
+    note="the rule that ends the halving of groups is ours; the paper's was not to be had",
   ),
   "compress.quantize.flexround": entries.Entry(
     factory="treesurgeon.compress.quantize.flexround:flexround",
