@@ -10,10 +10,10 @@ import pytest
 from treesurgeon import registry
 from treesurgeon.core import step
 from treesurgeon.models import hf
-from treesurgeon.registry import adapt, edit, grow, low_rank, merge, prune, quantize
+from treesurgeon.registry import adapt, distill, edit, grow, low_rank, merge, prune, quantize
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FAMILIES = (adapt, low_rank, prune, quantize, edit, grow, merge)
+FAMILIES = (adapt, distill, low_rank, prune, quantize, edit, grow, merge)
 
 
 @pytest.mark.parametrize(

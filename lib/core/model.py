@@ -102,5 +102,25 @@ class Part(Model):
     return dataclasses.replace(self, **changes)
 
 
+def load(source: Any) -> Model:
+  """Read a model into memory.
+
+  Args:
+    source: any source of leaves (`needs.Source`).
+
+  Returns:
+    The model; itself if it is one.
+
+  Example:
+    >>> m = Model(None, {"w": np.zeros(2)})
+    >>> load(m) is m
+    True
+  """
+  if isinstance(source, Model):
+    return source
+  flat = {a: source.leaf(a) for a in source.addresses()}
+  return Model(source.spec, paths.unflatten(flat))
+
+
 def _struct(x: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype)

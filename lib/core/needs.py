@@ -48,10 +48,13 @@ class Donors:
       that were handed to the driver.
     lazy: hand over, for each address, a sequence that reads a donor's leaf when it is indexed; for
       steps that let go of one before they take the next. Otherwise a tuple of all.
+    alike: whether donors must have the base's leaves and shapes; a teacher need only share its
+      vocabulary, and is read as a whole from `Aligned.sources`.
   """
 
   models: tuple[str, ...] = ()
   lazy: bool = False
+  alike: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

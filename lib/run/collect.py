@@ -229,7 +229,7 @@ def sources(one: step.Step, base: needs.Source, materials: Materials) -> list[ne
   return _opened(found.pop(), base, materials)
 
 
-def check_alike(base: needs.Source, other: needs.Source, role: str) -> None:
+def check_alike(base: needs.Source, other: needs.Source, role: str, *, leaves: bool = True) -> None:
   """Refuse a donor whose vocabulary, leaves or shapes differ from the base's, before any is read.
 
   Args:
@@ -241,6 +241,7 @@ def check_alike(base: needs.Source, other: needs.Source, role: str) -> None:
     ValueError: naming the first difference.
   """
   mine, theirs = base.spec, other.spec
+    leaves: whether leaves and shapes matter, or the vocabulary alone.
   rows = [getattr(s, "vocab_size", None) for s in (mine, theirs)]  # classifiers have none
   if None not in rows and rows[0] != rows[1]:
     raise ValueError(
@@ -252,6 +253,8 @@ def check_alike(base: needs.Source, other: needs.Source, role: str) -> None:
     odd = sorted(a ^ b, key=paths.natural)[0]
     where = f"{role} lacks it" if odd in a else f"only {role} has it"
     raise ValueError(f"{odd}: {where}; merged models must have the same leaves")
+  if not leaves:
+    return
   for address in base.addresses():
     want, have = base.struct(address).shape, other.struct(address).shape
     if want != have:
@@ -272,7 +275,7 @@ def _opened(need: needs.Donors, base: needs.Source, materials: Materials) -> lis
   if need.models and materials.open_model is not None:
     found = [materials.open_model(name) for name in need.models]
   for i, source in enumerate(found):
-    check_alike(base, source, f"donor {i}")
+    check_alike(base, source, f"donor {i}", leaves=need.alike)
   return found
 
 

@@ -57,27 +57,6 @@ def deal(shared: Any, own: Sequence[Any], count: int) -> tuple[Any, ...]:
   return tuple(own)
 
 
-def load(source: needs.Source) -> model_lib.Model:
-  """Read a donor into memory.
-
-  Args:
-    source: any source of leaves.
-
-  Returns:
-    The model; itself if it is one.
-
-  Example:
-    >>> import numpy as np
-    >>> m = model_lib.Model(None, {"w": np.zeros(2)})
-    >>> load(m) is m
-    True
-  """
-  if isinstance(source, model_lib.Model):
-    return source
-  flat = {a: source.leaf(a) for a in source.addresses()}
-  return model_lib.Model(source.spec, paths.unflatten(flat))
-
-
 def layer(source: needs.Source, index: int) -> dict[str, Any]:
   """Read one layer of a donor, unstacked.
 
@@ -143,7 +122,7 @@ def gather(
   found: dict[str, list[Mapping[str, Any]]] = {n: [] for n in wants}
   for i, (source, mine) in enumerate(zip(sources, batches, strict=True)):
     try:
-      donor = load(source)
+      donor = model_lib.load(source)
       donor = donor.replace(params=meshes.to_auto(donor.params))
       seen = statistics.tap_statistics(donor, want, mine) if want else {}
       for name, need in wants.items():
