@@ -137,6 +137,7 @@ ROWS = (
   Row("compress.low_rank.svd", {"rank": 4}, {"rank": 16}, reduces=True),
   Row("compress.low_rank.svd_llm", {"rank": 4}, {"rank": 16}, reduces=True),
   Row("compress.prune.magnitude", neutral={"sparsity": 0.0}),
+  Row("compress.prune.obert", {"block": 8}, {"sparsity": 0.0}, reduces=True),
   Row("compress.prune.sparsegpt", neutral={"sparsity": 0.0}, reduces=True),
   Row("compress.prune.wanda", neutral={"sparsity": 0.0}),
   Row(

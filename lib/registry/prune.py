@@ -17,6 +17,14 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/prune/prune_test.py",
     note="one shot, no retraining; per='model' compares weights over all selected leaves",
   ),
+  "compress.prune.obert": entries.Entry(
+    factory="treesurgeon.compress.prune.obert:obert",
+    paper="Kurtic et al., The optimal BERT surgeon: scalable and accurate second-order pruning for "
+    "large language models, 2022, arXiv 2203.07259",
+    oracle="tests/compress/prune/obert_test.py",
+    note="weights kept are at the exact minimum for all those pruned of a block, where the "
+    "authors' code adds up single updates; one shot",
+  ),
   "compress.prune.sparsegpt": entries.Entry(
     factory="treesurgeon.compress.prune.sparsegpt:sparsegpt",
     paper="Frantar and Alistarh, SparseGPT: Massive language models can be accurately pruned in "
