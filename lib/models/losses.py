@@ -2,8 +2,9 @@
 """What a network says of a batch, and how well: the losses that methods with data share.
 
 A batch is a token array (batch, length), whose every next token is a label, or a mapping with
-"tokens" and optional "weights" (batch, length - 1), or a mapping of images with "inputs", "labels"
-(batch,) and optional "weights" (batch,).
+"tokens" and optional "weights" (batch, length - 1) or "mask" (batch, length), nonzero at tokens
+that are no padding, or a mapping of images with "inputs", "labels" (batch,) and optional "weights"
+(batch,).
 """
 
 from collections.abc import Mapping
@@ -122,7 +123,10 @@ def _parts(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
     labels = jnp.asarray(batch["labels"])
   else:
     x, labels = x[:, :-1], x[:, 1:]
-  return x, labels, jnp.ones(labels.shape, jnp.float32) if given is None else jnp.asarray(given)
+    if given is None and isinstance(batch, Mapping) and "mask" in batch:
+      given = jnp.asarray(batch["mask"])[:, 1:] != 0
+  ones = jnp.ones(labels.shape, jnp.float32)
+  return x, labels, ones if given is None else jnp.asarray(given, jnp.float32)
 
 
 def _check(batch: Mapping[str, Any]) -> None:

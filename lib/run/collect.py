@@ -11,8 +11,8 @@ import numpy as np
 
 from treesurgeon.core import meshes, needs, paths, step
 from treesurgeon.core import model as model_lib
+from treesurgeon.run import activations, gradients, statistics
 from treesurgeon.run import donors as donors_lib
-from treesurgeon.run import gradients, statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Materials:
     read_requests: resolves a request file's name in an expression.
     digests: role ("base", "donor 0", "calibration") to sha256, for the lineage.
     recipe: how batches and models were prepared, see `lineage.Record`.
+    room: devices and memory for calibration.
   """
 
   batches: Sequence[Any] | Iterable[Any] = ()
@@ -41,6 +42,7 @@ class Materials:
   read_requests: Callable[[str], Sequence[Any]] | None = None
   digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
   recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  room: activations.Room = activations.HERE
 
   @functools.cached_property
   def inputs(self) -> dict[str, str]:
@@ -94,9 +96,10 @@ def given(
   asked = {n: w for n in names if isinstance(w := one.needs[n], needs.Statistic)}
   own = {n: w for n, w in asked.items() if w.of == "model"}
   taps = {n: w for n, w in own.items() if w.fold not in gradients.FOLDS}
+  spread = model.replace(params=materials.room.everywhere(model.params))
   if taps:
     collected = statistics.tap_statistics(
-      model, statistics.wanted(taps, model.addresses()), materials.batches
+      spread, statistics.wanted(taps, model.addresses()), materials.batches, materials.room
     )
     for name, need in taps.items():
       out[name] = {a: s for (fold, a), s in collected.items() if fold == need.fold}
@@ -114,7 +117,9 @@ def given(
   for name in names:
     need = one.needs[name]
     if isinstance(need, needs.Blocks):
-      out[name] = statistics.blocks(model, materials.batches, select=need.select)
+      out[name] = statistics.blocks(
+        spread, materials.batches, select=need.select, room=materials.room
+      )
     elif not isinstance(need, needs.Statistic):
       out[name] = brought(one, need, model, materials)
   return out
@@ -236,25 +241,25 @@ def check_alike(base: needs.Source, other: needs.Source, role: str, *, leaves: b
     base: the model to be changed.
     other: the donor.
     role: what to call the donor in messages.
+    leaves: whether leaves and shapes matter, or the vocabulary alone.
 
   Raises:
     ValueError: naming the first difference.
   """
   mine, theirs = base.spec, other.spec
-    leaves: whether leaves and shapes matter, or the vocabulary alone.
   rows = [getattr(s, "vocab_size", None) for s in (mine, theirs)]  # classifiers have none
   if None not in rows and rows[0] != rows[1]:
     raise ValueError(
       f"{role} has a vocabulary of {rows[1]} tokens, the base has {rows[0]}; "
       "give the models one tokenizer before merging"
     )
+  if not leaves:
+    return
   a, b = set(base.addresses()), set(other.addresses())
   if a != b:
     odd = sorted(a ^ b, key=paths.natural)[0]
     where = f"{role} lacks it" if odd in a else f"only {role} has it"
     raise ValueError(f"{odd}: {where}; merged models must have the same leaves")
-  if not leaves:
-    return
   for address in base.addresses():
     want, have = base.struct(address).shape, other.struct(address).shape
     if want != have:

@@ -10,7 +10,7 @@ memory. A leaf step gives the same bits under all three.
 import collections
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -20,12 +20,12 @@ import numpy as np
 from treesurgeon.core import lineage, meshes, needs, paths, pieces, step
 from treesurgeon.core import model as model_lib
 from treesurgeon.io import blocks
-from treesurgeon.run import blockwise, collect, pipeline, progress
+from treesurgeon.run import blockwise, collect, pipeline, progress, statistics
 
 
 @runtime_checkable
 class Sink(Protocol):
-  """Where `stream` puts finished leaves.
+  """Where `stream` and `stream_blocks` put finished leaves.
 
   One that goes through `core.pieces.Pieces` as it writes says so by an attribute `pieces = True`;
   others are given arrays.
@@ -37,6 +37,25 @@ class Sink(Protocol):
 
   def write(self, address: str, leaf: Any) -> None:
     """Write one leaf."""
+    ...
+
+
+@runtime_checkable
+class BlockSink(Sink, Protocol):
+  """A sink from which a later run can go on after any block.
+
+  Attributes:
+    state: what `flush` was last given, by an earlier run too; empty before.
+  """
+
+  state: Mapping[str, Any]
+
+  def leaf(self, address: str) -> Any:
+    """Read back a leaf that is done."""
+    ...
+
+  def flush(self, state: Mapping[str, Any]) -> None:
+    """Make what was written, and JSON beside it, outlive the process."""
     ...
 
 
@@ -190,6 +209,115 @@ def stream(
   return bare.lineage
 
 
+def stream_blocks(
+  transform: step.Transform,
+  source: needs.Source,
+  sink: Sink,
+  materials: collect.Materials | None = None,
+  *,
+  seed: int = 0,
+) -> tuple[lineage.Record, ...]:
+  """Apply a transform as `run_blockwise` does, from a source to a sink, one block in memory.
+
+  Each block is read, goes through all the steps, is written, and then feeds the next. The outcome
+  is that of `run_blockwise` to the bit.
+
+  Args:
+    transform: steps for which `block_streamable` holds.
+    source: the base model.
+    sink: where finished leaves go. A `BlockSink` is told when a block is complete; a run that
+      follows a killed one reads such blocks back and goes on behind them.
+    materials: batches and donors.
+    seed: of everything random.
+
+  Returns:
+    The lineage records of the steps.
+
+  Raises:
+    ValueError: for a step that cannot be cut into blocks, and as `run_blockwise`.
+  """
+  materials = materials or collect.Materials()
+  for one in transform:
+    refuse_unblockable(one)
+    collect.require(one, materials)
+  old = sink.state.get("notes") if isinstance(sink, BlockSink) else None
+  walks = []
+  for i, one in enumerate(transform):
+    kept = {n: w for n, w in one.needs.items() if isinstance(w, needs.Donors)}
+    given = {n: collect.brought(one, w, source, materials) for n, w in kept.items()}
+    aux = {"notes": old[i]} if old else {}
+    key, check = _key(seed, i), _checked(one)
+    walks.append(blockwise.Walk(one, source, materials, key, given, check=check, aux=aux))
+
+  def put(part: Mapping[str, Any]) -> None:
+    for address, leaf in part.items():
+      sink.write(address, leaf)
+    for one in walks:
+      one.aux = {"notes": one.aux.get("notes", {})}  # by-products of a block end with it
+    if isinstance(sink, BlockSink):
+      sink.flush({"notes": [one.aux["notes"] for one in walks]})
+
+  def passed(names: list[str]) -> dict[str, Any] | None:
+    if not isinstance(sink, BlockSink) or not all(map(sink.done, names)):
+      return None
+    return {a: sink.leaf(a) for a in names}
+
+  blockwise.go(walks, source, materials, put, passed=passed)
+  bare = model_lib.Model(source.spec, {})
+  for i, (one, mine) in enumerate(zip(transform, walks, strict=True)):
+    bare = bare.replace(aux=mine.aux)
+    bare = _record(one, bare, i, seed, "run_blockwise", materials)
+  return bare.lineage
+
+
+def block_streamable(transform: step.Transform, source: needs.Source) -> bool:
+  """Tell whether `stream_blocks` can run a transform on a model.
+
+  Args:
+    transform: any transform.
+    source: the model.
+
+  Returns:
+    True if no step takes the whole model, or changes leaves of several blocks together.
+
+  Example:
+    >>> from treesurgeon import registry
+    >>> tree = {"layers": {"0:1": {"mlp": {"up": {"kernel": np.ones((1, 2, 2))}}}}}
+    >>> m = model_lib.Model(None, tree)
+    >>> block_streamable(registry.parse("compress.quantize.gptq()"), m)
+    True
+    >>> block_streamable(registry.parse("grow.g_stack()"), m)
+    False
+  """
+  try:
+    for one in transform:
+      refuse_unblockable(one)
+      blockwise.refuse_torn(one, one.units(source.addresses()))
+  except paths.NoMatch:
+    raise
+  except ValueError:
+    return False
+  return True
+
+
+def refuse_unblockable(one: step.Step) -> None:
+  """Raise if a step cannot be streamed block by block.
+
+  Args:
+    one: a step.
+
+  Raises:
+    ValueError: naming the step and the reason.
+  """
+  if one.scope == "model":
+    raise ValueError(f"{one!r} works on a whole model, so it cannot be streamed")
+  odd = [
+    n for n, w in one.needs.items() if not isinstance(w, needs.Donors) and not blockwise.by_block(w)
+  ]
+  if odd:
+    raise ValueError(f"{one!r} needs {odd[0]} of the whole model, so it cannot be streamed")
+
+
 def streamable(transform: step.Transform) -> bool:
   """Tell whether `stream` can run a transform.
 
@@ -274,15 +402,36 @@ def _each(
   for i, one in enumerate(transform, first):
     one.units(model.addresses())
     if driver == "run" or one.scope == "model":
-      # No name holds on to the evidence: the next step's is as large.
-      changed = one.apply(model, collect.evidence(one, model, materials), _key(seed, i))
+      changed = _apply(one, model, materials, _key(seed, i))
+      check_finite(blockwise.changes(model, changed).items(), f"after {one!r}")
     else:
-      changed = blockwise.walk(one, model, materials, _key(seed, i))
-    check_finite(blockwise.changes(model, changed).items(), f"after {one!r}")
+      changed = blockwise.walk(one, model, materials, _key(seed, i), check=_checked(one))
     model = _record(one, changed, i, seed, driver, materials)
   return model.replace(
     params=meshes.to_explicit(model.params, mesh), aux=meshes.to_explicit(model.aux, mesh)
   )
+
+
+def _apply(
+  one: step.Step, model: model_lib.Model, materials: collect.Materials, key: jax.Array
+) -> model_lib.Model:
+  """Apply a step to a whole model; its evidence is let go before the next step's is gathered."""
+  evidence = collect.evidence(one, model, materials)
+  own = {
+    n: w
+    for n, w in one.needs.items()
+    if isinstance(w, needs.Statistic) and w.of == "model" and blockwise.by_block(w)
+  }
+  odd = statistics.remarks(own, evidence, set())
+  changed = one.apply(model, evidence, key)
+  aux = dict(changed.aux)
+  for name, found in odd.items():
+    aux = blockwise.noted(aux, name, found)
+  return changed.replace(aux=aux)
+
+
+def _checked(one: step.Step) -> Callable[[Mapping[str, Any]], None]:
+  return lambda part: check_finite(part.items(), f"after {one!r}")
 
 
 def _groups(transform: step.Transform, names: Sequence[str]) -> list[tuple[str, ...]]:

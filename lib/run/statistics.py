@@ -7,6 +7,7 @@ drivers call the parts; `collect.evidence` calls the whole.
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from treesurgeon import models, stats
 from treesurgeon.core import meshes, needs, paths, step
 from treesurgeon.core import model as model_lib
+from treesurgeon.run import activations
 
 Wanted = dict[tuple[str, str], list[str]]  # (need's fold, address) -> names of the needs
 
@@ -61,7 +63,10 @@ def wanted(statistics: Mapping[str, needs.Statistic], names: Sequence[str]) -> W
 
 
 def tap_statistics(
-  model: model_lib.Model, want: Wanted, batches: Iterable[Any]
+  model: model_lib.Model,
+  want: Wanted,
+  batches: Iterable[Any],
+  room: activations.Room = activations.HERE,
 ) -> dict[tuple[str, str], Any]:
   """Collect statistics of kernels' inputs in one pass over the batches.
 
@@ -69,6 +74,7 @@ def tap_statistics(
     model: the model.
     want: from `wanted`.
     batches: token batches, or mappings (`models.losses`).
+    room: devices.
 
   Returns:
     (fold, address) to its state.
@@ -83,16 +89,17 @@ def tap_statistics(
   states: dict[int, Any] = {}
   first = 0
   for batch in batches:
+    at: Any = {"first": first, "mask": room.deal(activations.mask_of(batch))}
     if -2 in per_layer:
-      states[-2] = at_embedding(model, batch, per_layer[-2], states.get(-2), first=first)
-    h = embed(model, batch)
+      states[-2] = at_embedding(model, batch, per_layer[-2], states.get(-2), **at)
+    h = room.deal(embed(model, batch))
     for start, stop, tree in paths.segments(model.params):
       for i in range(start, min(stop, last + 1)):
         h, states[i] = through_block(
-          model.spec, tree, h, i, per_layer.get(i, ()), states.get(i), index=i - start, first=first
+          model.spec, tree, h, i, per_layer.get(i, ()), states.get(i), index=i - start, **at
         )
     if -1 in per_layer:
-      states[-1] = at_head(model.spec, model.params, h, per_layer[-1], states.get(-1), first=first)
+      states[-1] = at_head(model.spec, model.params, h, per_layer[-1], states.get(-1), **at)
     first += len(h)
   return covered(want, states)
 
@@ -113,7 +120,11 @@ class Network:
 
 
 def blocks(
-  model: model_lib.Model, batches: Iterable[Any], *, select: str | None = None
+  model: model_lib.Model,
+  batches: Iterable[Any],
+  *,
+  select: str | None = None,
+  room: activations.Room = activations.HERE,
 ) -> dict[str, needs.Block]:
   """Collect what goes into blocks and comes out of them, in the model as it is.
 
@@ -121,6 +132,7 @@ def blocks(
     model: the model.
     batches: of one length.
     select: regular expression over addresses; blocks that hold a match are wanted.
+    room: devices; all blocks' states are held in memory at once.
 
   Returns:
     Block's name to its data. A block's targets are the next one's inputs.
@@ -129,17 +141,35 @@ def blocks(
     ValueError: if nothing is selected, there is no batch, or batches differ in length.
   """
   want = block_layers(model.addresses(), select)
-  hidden = [embed(model, batch) for batch in batches]
-  inputs, out = whole(hidden), {}
+  room = dataclasses.replace(room, nbytes=None)
+  hidden = activations.Hidden(lambda batch: embed(model, batch), batches, room)
+  inputs, out = hidden.whole(), {}
   for start, stop, tree in paths.segments(model.params):
     for i in range(start, min(stop, want[-1] + 1)):
-      hidden = [through_block(model.spec, tree, h, i, (), None, index=i - start)[0] for h in hidden]
-      targets = whole(hidden)
+      hidden.advance(forwarded(model.spec, tree, i, index=i - start))
+      targets = hidden.whole()
       if i in want:
         nested = paths.nest({k: paths.take(x, i - start) for k, x in paths.walk(tree).items()})
         out[f"layers/{i}"] = block(model.spec, nested, i, inputs, targets)
       inputs = targets
   return out
+
+
+def forwarded(
+  spec: Any, params: Any, layer: int, *, index: int | None = None
+) -> Callable[[jax.Array, Any], jax.Array]:
+  """Return a block as `activations.Hidden.advance` takes it.
+
+  Args:
+    spec: architecture.
+    params: as for `through_block`.
+    layer: which layer.
+    index: as for `through_block`.
+
+  Returns:
+    (hidden states, mask) -> hidden states.
+  """
+  return lambda h, mask: through_block(spec, params, h, layer, (), None, index=index, mask=mask)[0]
 
 
 def block(spec: Any, params: Any, layer: int, inputs: jax.Array, targets: jax.Array) -> needs.Block:
@@ -156,31 +186,6 @@ def block(spec: Any, params: Any, layer: int, inputs: jax.Array, targets: jax.Ar
     The evidence.
   """
   return needs.Block(inputs, targets, meshes.to_auto(params), jnp.int32(layer), Network(spec))
-
-
-def whole(batches: Sequence[jax.Array]) -> jax.Array:
-  """Join the hidden states of all batches.
-
-  Args:
-    batches: hidden states.
-
-  Returns:
-    One array, examples first.
-
-  Raises:
-    ValueError: if there are none, or they differ in length.
-
-  Example:
-    >>> whole([jnp.ones((2, 3, 4)), jnp.ones((1, 3, 4))]).shape
-    (3, 3, 4)
-  """
-  shapes = {h.shape[1:] for h in batches}
-  if len(shapes) != 1:
-    raise ValueError(
-      "to tune blocks, all calibration batches must have one length; there are "
-      + (" and ".join(str(s[0]) for s in sorted(shapes)) or "none")
-    )
-  return jnp.concatenate(batches) if len(batches) > 1 else batches[0]
 
 
 def block_layers(names: Sequence[str], select: str | None) -> list[int]:
@@ -265,6 +270,62 @@ def covered(want: Wanted, states: Mapping[int, Any]) -> dict[tuple[str, str], An
   return out
 
 
+def remarks(
+  wants: Mapping[str, needs.Statistic], evidence: Mapping[str, Any], told: set[str]
+) -> dict[str, dict[str, int]]:
+  """Say what is odd about statistics, for the lineage; warn where tokens are too few.
+
+  Args:
+    wants: needs by name, of the model's own statistics.
+    evidence: name to {address: state}.
+    told: taps whose want of tokens a warning has told already; added to.
+
+  Returns:
+    "dead_inputs": by address, how many input features were never active; "rank_deficit": of how
+    much of its rank a second moment is short, because there were fewer tokens than features.
+    What is not there is left out.
+  """
+  dead: dict[str, int] = {}
+  short: dict[str, int] = {}
+  known: dict[int, tuple[int, int, int]] = {}
+  for name in wants:
+    for address, state in evidence[name].items():
+      if id(state) not in known:  # one for all kernels that a tap feeds
+        known[id(state)] = _looked_at(state)
+      silent, tokens, features = known[id(state)]
+      if silent:
+        dead[address] = silent
+      if tokens < features:
+        short[address] = features - tokens
+        tap = address if layer_of(address) < 0 else models.tap_of(address)
+        if tap not in told:
+          told.add(tap)
+          warnings.warn(
+            f"{address}: {tokens} calibration tokens for {features} input features, so the second "
+            f"moment lacks at least {features - tokens} of its rank; more text would help",
+            stacklevel=2,
+          )
+  found = {"dead_inputs": dead, "rank_deficit": short}
+  return {k: v for k, v in found.items() if v}
+
+
+def _looked_at(state: Any) -> tuple[int, int, int]:
+  """Return (inputs never active, tokens, features whose moment needs as many tokens, or 0)."""
+  tokens = int(state.count)
+  if isinstance(state, stats.SecondMoment):
+    return int(_zeros(jnp.diagonal(state.moment))), tokens, len(state.moment)
+  if isinstance(state, stats.PerFeature):
+    return int(_zeros(state.value)), tokens, 0
+  if isinstance(state, stats.Range):
+    return int(_zeros(jnp.maximum(state.high, -state.low))), tokens, 0
+  return 0, tokens, 0
+
+
+@jax.jit
+def _zeros(x: jax.Array) -> jax.Array:
+  return (x == 0).sum()
+
+
 def embed(model: model_lib.Model, batch: Any) -> jax.Array:
   """Embed a batch.
 
@@ -279,7 +340,7 @@ def embed(model: model_lib.Model, batch: Any) -> jax.Array:
   return _embed(model.spec, meshes.to_auto(outer), models.inputs(batch))
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "pairs"))
+@functools.partial(jax.jit, static_argnames=("spec", "pairs", "out"))
 def _through(
   spec: Any,
   params: Any,
@@ -287,13 +348,18 @@ def _through(
   h: jax.Array,
   layer: jax.Array,
   first: jax.Array,
+  mask: Any,
   pairs: tuple,
   states: Any,
-) -> tuple[jax.Array, Any]:
+  out: bool,
+) -> tuple[Any, Any]:
   if index is not None:
     params = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), params)
-  out, seen = models.block(spec, params, h, layer=layer, observe=_observer(pairs, first))
-  return out, _merge(pairs, states, seen)
+  more = {} if mask is None else {"mask": mask}
+  after, seen = models.block(
+    spec, params, h, layer=layer, observe=_observer(pairs, first, mask), **more
+  )
+  return after if out else None, _merge(pairs, states, seen)
 
 
 def through_block(
@@ -306,7 +372,9 @@ def through_block(
   *,
   index: int | None = None,
   first: int = 0,
-) -> tuple[jax.Array, Any]:
+  mask: Any = None,
+  out: bool = True,
+) -> tuple[Any, Any]:
   """Run one block and add what its taps saw to the running statistics.
 
   Args:
@@ -318,14 +386,18 @@ def through_block(
     states: running statistics, or None.
     index: the layer's place in the segment.
     first: how many examples came before, which numbers the tokens.
+    mask: (batch, length), nonzero at real tokens: the others are not attended to, nor counted.
+    out: whether the block's output is wanted; without it less is computed.
 
   Returns:
-    (the block's output, statistics).
+    (the block's output or None, statistics).
   """
   flat = None if states is None else tuple(states[p] for p in pairs)
   where = None if index is None else jnp.int32(index)
-  params = meshes.to_auto(params)
-  h, flat = _through(spec, params, where, h, jnp.int32(layer), jnp.int32(first), tuple(pairs), flat)
+  h, flat = _through(
+    spec, meshes.to_auto(params), where, h, jnp.int32(layer), jnp.int32(first), mask, tuple(pairs),
+    flat, out,
+  )  # fmt: skip
   return h, dict(zip(pairs, flat, strict=True))
 
 
@@ -336,6 +408,7 @@ def at_embedding(
   states: Any,
   *,
   first: int = 0,
+  mask: Any = None,
 ) -> Any:
   """Add what the embedding's taps see to the running statistics.
 
@@ -345,13 +418,16 @@ def at_embedding(
     pairs: (fold, tap) to observe.
     states: running statistics, or None.
     first: how many examples came before.
+    mask: as for `through_block`.
 
   Returns:
     Statistics.
   """
   outer = meshes.to_auto({k: v for k, v in model.params.items() if k == "embed"})
   flat = None if states is None else tuple(states[p] for p in pairs)
-  flat = _entrance(model.spec, outer, models.inputs(batch), jnp.int32(first), tuple(pairs), flat)
+  flat = _entrance(
+    model.spec, outer, models.inputs(batch), jnp.int32(first), mask, tuple(pairs), flat
+  )
   return dict(zip(pairs, flat, strict=True))
 
 
@@ -363,6 +439,7 @@ def at_head(
   states: Any,
   *,
   first: int = 0,
+  mask: Any = None,
 ) -> Any:
   """Add what the head's taps see to the running statistics.
 
@@ -373,13 +450,14 @@ def at_head(
     pairs: (fold, tap) to observe.
     states: running statistics, or None.
     first: how many examples came before.
+    mask: as for `through_block`.
 
   Returns:
     Statistics.
   """
   outer = meshes.to_auto({k: v for k, v in params.items() if k != "layers"})
   flat = None if states is None else tuple(states[p] for p in pairs)
-  flat = _head(spec, outer, h, jnp.int32(first), tuple(pairs), flat)
+  flat = _head(spec, outer, h, jnp.int32(first), mask, tuple(pairs), flat)
   return dict(zip(pairs, flat, strict=True))
 
 
@@ -390,24 +468,26 @@ def _embed(spec: Any, params: Any, inputs: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("spec", "pairs"))
 def _entrance(
-  spec: Any, params: Any, inputs: jax.Array, first: jax.Array, pairs: tuple, states: Any
+  spec: Any, params: Any, inputs: jax.Array, first: jax.Array, mask: Any, pairs: tuple, states: Any
 ) -> Any:
   seen: dict[str, Any] = {}
-  models.embed(spec, params, inputs, observe=_noting(pairs, first, seen))
+  models.embed(spec, params, inputs, observe=_noting(pairs, first, mask, seen))
   return _merge(pairs, states, seen)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "pairs"))
-def _head(spec: Any, params: Any, h: jax.Array, first: jax.Array, pairs: tuple, states: Any) -> Any:
+def _head(
+  spec: Any, params: Any, h: jax.Array, first: jax.Array, mask: Any, pairs: tuple, states: Any
+) -> Any:
   seen: dict[str, Any] = {}
-  models.head(spec, params, h, observe=_noting(pairs, first, seen))
+  models.head(spec, params, h, observe=_noting(pairs, first, mask, seen))
   return _merge(pairs, states, seen)
 
 
 def _noting(
-  pairs: tuple[tuple[str, str], ...], first: jax.Array, seen: dict[str, Any]
+  pairs: tuple[tuple[str, str], ...], first: jax.Array, mask: Any, seen: dict[str, Any]
 ) -> Callable[[str, jax.Array], None]:
-  observer = _observer(pairs, first)
+  observer = _observer(pairs, first, mask)
 
   def observe(name: str, x: jax.Array) -> None:
     seen[name] = observer(name, x)
@@ -416,7 +496,7 @@ def _noting(
 
 
 def _observer(
-  pairs: tuple[tuple[str, str], ...], first: jax.Array
+  pairs: tuple[tuple[str, str], ...], first: jax.Array, mask: Any
 ) -> Callable[[str, jax.Array], Any]:
   def observe(name: str, x: jax.Array) -> Any:
     folds = [f for f, tap in pairs if tap == name]
@@ -424,6 +504,8 @@ def _observer(
       return None
     flat = x.reshape(-1, x.shape[-1])
     numbers = first * (len(flat) // len(x)) + jnp.arange(len(flat), dtype=jnp.int32)
+    if mask is not None:
+      numbers = jnp.where(mask.reshape(-1) != 0, numbers, -1)
     empty = {f: stats.FOLDS[f].init(x.shape[-1]) for f in folds}
     return {f: stats.FOLDS[f].update(empty[f], flat, numbers) for f in folds}
 
