@@ -141,6 +141,14 @@ ROWS = (
   Row("compress.prune.sparsegpt", neutral={"sparsity": 0.0}, reduces=True),
   Row("compress.prune.wanda", neutral={"sparsity": 0.0}),
   Row(
+    "compress.quantize.adadim",
+    {"bits": 3, "group_size": 8},
+    {"bits": 4},
+    done("compress.quantize.adadim", bits=4, group_size=8),
+    reduces=True,
+    adapts=True,
+  ),
+  Row(
     "compress.quantize.aqlm",
     {**VQ, "length": 2, "tables": 2, "epochs": 1, "rate": 1e-6},
     {"length": 4, "tables": 1, "epochs": 0},

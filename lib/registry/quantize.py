@@ -4,6 +4,13 @@
 from treesurgeon.registry import entries
 
 TABLE: dict[str, entries.Entry] = {
+  "compress.quantize.adadim": entries.Entry(
+    factory="treesurgeon.compress.quantize.adadim:adadim",
+    paper="Heo et al., Rethinking channel dimensions to isolate outliers, ICLR 2024, "
+    "arXiv 2309.15531",
+    oracle="tests/compress/quantize/adadim_test.py",
+    note="chooses by the output of each kernel by itself",
+  ),
   "compress.quantize.aqlm": entries.Entry(
     factory="treesurgeon.compress.quantize.aqlm:aqlm",
     paper="Egiazarian et al., AQLM, 2024, arXiv 2401.06118",
