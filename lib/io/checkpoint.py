@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from treesurgeon.core import lineage, paths
-from treesurgeon.io import blocks, digests, packed, safetensors
+from treesurgeon.io import blocks, digests, layouts, packed, safetensors
 from treesurgeon.models import hf
 
 CONFIG, LINEAGE = "config.json", "lineage.json"
@@ -25,7 +25,7 @@ class Checkpoint:
 
   Opening reads config.json and the headers, and checks that every tensor the config calls for is
   there in its shape and that there is no other. Leaves are host arrays, views into the file where
-  its layout allows.
+  its layout allows. Layers that compressed-tensors, GPTQ or AWQ quantized are compressed leaves.
 
   Args:
     directory: config.json and safetensors.
@@ -44,15 +44,18 @@ class Checkpoint:
     self.tensors = safetensors.open_folder(self.directory)
     self._metas = packed.descriptions(config, str(self.directory / CONFIG))
     self._parts = packed.parts(self.tensors)
-    plain = {k: v for k, v in config.items() if k != packed.KEY}
+    plain = {k: v for k, v in config.items() if k not in (packed.KEY, *layouts.KEYS)}
     try:
       self.spec = hf.refine(hf.from_config(plain), self._parts)
       entries = hf.entries(self.spec, self._parts)
+      self._foreign = layouts.held(
+        config, self.spec, entries, {n: self.tensors.info(n) for n in self.tensors}, self._peek
+      )
     except ValueError as error:
       raise ValueError(f"{self.directory}: {error}") from error
-    self._places: dict[str, hf.Entry | str] = {}
+    self._places: dict[str, hf.Entry | str | layouts.Layer] = {}
     self._aliases = {e.address[0]: e for e in entries if e.kind == "alias"}
-    self._check_names(entries, "quantization_config" in config)
+    self._check_names(entries)
     for entry in entries:
       if "" in self._parts.get(entry.name, ()):
         have, want = self.tensors.info(entry.name).shape, tuple(hf.shape(self.spec, entry))
@@ -71,6 +74,8 @@ class Checkpoint:
   def struct(self, address: str) -> Any:
     """Return the shapes and dtypes of a leaf without touching its data."""
     place = self._place(address)
+    if isinstance(place, layouts.Layer):
+      return self._fits(address, place, place.struct(address))
     if isinstance(place, str):
       infos = {k: self.tensors.info(n) for k, n in self._parts[place].items()}
       arrays = {k: jax.ShapeDtypeStruct(i.shape, i.dtype) for k, i in infos.items()}
@@ -92,6 +97,9 @@ class Checkpoint:
         tensor that differs from its original.
     """
     place = self._place(address)
+    if isinstance(place, layouts.Layer):
+      arrays = {k: self._read(n) for k, n in place.tensors.items()}
+      return self._fits(address, place, place.leaf(address, arrays))
     if isinstance(place, str):
       arrays = {k: self._read(n) for k, n in self._parts[place].items()}
       return self._build(address, place, arrays)
@@ -122,7 +130,10 @@ class Checkpoint:
   def prefetch(self, address: str) -> None:
     """Ask the operating system to read a leaf ahead of its use."""
     place = self._place(address)
-    names = self._parts[place].values() if isinstance(place, str) else (place.name,)
+    if isinstance(place, layouts.Layer):
+      names = place.tensors.values()
+    else:
+      names = self._parts[place].values() if isinstance(place, str) else (place.name,)
     for name in names:
       self.tensors.prefetch(name)
 
@@ -131,21 +142,33 @@ class Checkpoint:
       paths.select(list(self._places), address)  # raises, and names the nearest
     return self._places[address]
 
+  def _peek(self, name: str) -> np.ndarray:
+    return self.tensors[name]
+
   def _read(self, name: str) -> np.ndarray:
     array = self.tensors[name]
     blocks.check_finite(name, array, self.tensors.file(name))
     return array
+
+  def _fits(self, address: str, layer: layouts.Layer, leaf: Any) -> Any:
+    shape = tuple(hf.address_shape(self.spec, address))
+    return packed.check(leaf, shape=shape, where=f"{self.directory}: {layer.name!r}")
 
   def _build(self, address: str, base: str, arrays: Mapping[str, Any]) -> Any:
     shape = tuple(hf.address_shape(self.spec, address))
     where = f"{self.directory}: {base!r}"
     return packed.build(self._metas[base], arrays, shape=shape, where=where)
 
-  def _check_names(self, entries: tuple[hf.Entry, ...], quantized: bool) -> None:
+  def _check_names(self, entries: tuple[hf.Entry, ...]) -> None:
     """Find every leaf's tensor; complain of tensors that are missing or that nothing reads."""
     missing, used = [], set()
     for entry in entries:
       bases = [entry.name]
+      layer = self._foreign.get(entry.name)
+      if layer is not None:
+        self._places.update(dict.fromkeys(entry.address, layer))
+        used.update(layer.tensors.values())
+        continue
       if entry.kind == "alias":
         pass
       elif entry.name in self._metas and len(entry.address) == 1:
@@ -164,10 +187,7 @@ class Checkpoint:
     if missing or extra:
       kinds = (("missing", missing), ("unexpected", extra))
       told = [f"{len(x)} {word}: {', '.join(x[:5])}" for word, x in kinds if x]
-      hint = "; it has a quantization_config: give the unquantized model" if quantized else ""
-      raise ValueError(
-        f"{self.directory}: the tensors do not fit config.json; {'; '.join(told)}{hint}"
-      )
+      raise ValueError(f"{self.directory}: the tensors do not fit config.json; {'; '.join(told)}")
 
 
 def read_json(path: Path) -> Any:

@@ -123,6 +123,31 @@ def build(
   """
   try:
     leaf = leaves.from_parts(meta, arrays)
+  except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    raise ValueError(f"{where}: the parts of the compressed leaf do not fit: {error}") from error
+  return check(leaf, shape=shape, where=where)
+
+
+def check(leaf: Any, *, shape: tuple[int, ...], where: str) -> Any:
+  """Require that a leaf's parts fit together.
+
+  Args:
+    leaf: of arrays or shape structs.
+    shape: the logical shape it must have.
+    where: file and name, for messages.
+
+  Returns:
+    The leaf.
+
+  Raises:
+    ValueError: naming the leaf and what does not fit.
+
+  Example:
+    >>> import numpy as np
+    >>> check(np.zeros(3), shape=(3,), where="w").shape
+    (3,)
+  """
+  try:
     structs = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), leaf
     )

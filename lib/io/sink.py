@@ -14,6 +14,7 @@ from treesurgeon.core import leaves, lineage, model
 from treesurgeon.io import (
   card,
   checkpoint,
+  layouts,
   packed,
   safetensors,
   tokenizer,
@@ -45,6 +46,7 @@ class Sink:
     companions: directory from which tokenizer, generation config and license are copied.
     job: fingerprint of everything the leaves depend on; a run with the fingerprint of a killed one
       resumes it.
+    layout: how another tool stores compressed leaves; None stores them our way.
 
   Raises:
     ValueError: if the output exists, is being written by another process, or the family has
@@ -60,15 +62,16 @@ class Sink:
     max_shard_bytes: int | float = writer.MAX_SHARD_BYTES,
     companions: str | Path | None = None,
     job: str | None = None,
+    layout: layouts.Layout | None = None,
   ):
-    self.spec = spec
+    self.spec, self._layout = spec, layout
     self._companions = None if companions is None else safetensors.check_folder(companions)
     self._entries = hf.entries(spec)
     self._owner = {a: e for e in self._entries for a in e.address}
     self._pending: dict[str, dict[str, Any]] = {}
     self._written: set[str] = set()
-    # Room for a header in which every kernel is compressed into three parts.
-    room = 4096 + 600 * len(self._entries)
+    # Room for a header in which every kernel is compressed into three parts, or the layout's four.
+    room = 4096 + (600 if layout is None else 800) * len(self._entries)
     self._writer = open_writer(
       directory, room, overwrite=overwrite, max_shard_bytes=max_shard_bytes, job=job
     )
@@ -86,11 +89,9 @@ class Sink:
   def done(self, address: str) -> bool:
     """Tell whether a killed run of the same job has finished this leaf."""
     entry = self._entry(address)
-    base = entry.name if len(entry.address) == 1 else address
-    note = self._writer.notes.get(base)
-    if note is not None:
-      return all(self._writer.done(packed.join(base, p)) for p in note["parts"])
-    return self._writer.done(entry.name)
+    note = self._writer.notes.get(self._base(entry, address))
+    names = [entry.name] if note is None else note["tensors"]
+    return all(map(self._writer.done, names))
 
   def write(self, address: str, leaf: Any) -> None:
     """Write one leaf, or keep it until the rest of its fused tensor comes.
@@ -120,8 +121,13 @@ class Sink:
       host = {a: np.asarray(x) for a, x in waiting.items()}
       self._writer.write(entry.name, hf.to_tensor(self.spec, entry, host))
       return
+    if self._layout is not None:
+      self._write_all(entry.name, None, layouts.encode(self._layout, self.spec, entry, waiting))
+      return
     for a, x in waiting.items():
-      self._write_parts(entry.name if len(entry.address) == 1 else a, x)
+      base = self._base(entry, a)
+      meta, parts = leaves.to_parts(x)
+      self._write_all(base, meta, {packed.join(base, p): np.asarray(v) for p, v in parts.items()})
 
   def close(
     self,
@@ -150,8 +156,11 @@ class Sink:
         f"{', '.join(absent[:5])}"
       )
     metas = {base: note["meta"] for base, note in self._writer.notes.items()}
-    config = hf.to_config(self.spec) | packed.describe(metas)
-    reasons = _reasons(self.spec, metas)
+    if self._layout is None:
+      config, reasons = hf.to_config(self.spec) | packed.describe(metas), _reasons(self.spec, metas)
+    else:
+      config = hf.to_config(self.spec) | {layouts.KEYS[0]: dict(self._layout.config)}
+      reasons = ()
     finish(
       self._writer, config, self._companions, records, inputs=inputs or {},
       evaluation=evaluation or {}, reasons=reasons,
@@ -165,14 +174,17 @@ class Sink:
       raise ValueError(f"no tensor of a {self.spec.family} file holds the leaf {address!r}")
     return self._owner[address]
 
-  def _write_parts(self, base: str, leaf: Any) -> None:
-    meta, arrays = leaves.to_parts(leaf)
-    host = {part: np.asarray(x) for part, x in arrays.items()}
+  def _base(self, entry: hf.Entry, address: str) -> str:
+    """Name what the parts of a compressed leaf are named after."""
+    alone = len(entry.address) == 1 or self._layout is not None
+    return entry.name if alone else address
+
+  def _write_all(self, base: str, meta: Any, tensors: Mapping[str, np.ndarray]) -> None:
     # Wide items first, which keeps them aligned in the file.
-    order = sorted(host, key=lambda part: (-host[part].dtype.itemsize, part))
-    self._writer.notes[base] = {"meta": meta, "parts": order}
-    for part in order:
-      self._writer.write(packed.join(base, part), host[part])
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    self._writer.notes[base] = {"meta": meta, "tensors": order}
+    for name in order:
+      self._writer.write(name, tensors[name])
 
 
 def save(

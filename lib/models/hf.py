@@ -215,6 +215,34 @@ def to_tensor(
   return np.concatenate(parts, axis=-1 if entry.kind == "split" else 0)
 
 
+def columns(spec: vision_spec.AnySpec, entry: Entry) -> dict[str, np.ndarray]:
+  """Tell which output features of a linear layer's tensor are each leaf's columns.
+
+  Args:
+    spec: the architecture.
+    entry: one of `entries(spec)` that holds kernels.
+
+  Returns:
+    Indices by address, in the order of the leaf's columns.
+
+  Example:
+    >>> from treesurgeon import models
+    >>> spec = models.Spec(family="gpt_neox", vocab_size=5, d_model=4, num_layers=1, num_heads=2,
+    ...                    d_ff=8)
+    >>> entry = next(e for e in entries(spec) if e.kind == "interleave")
+    >>> [i.tolist() for i in columns(spec, entry).values()]
+    [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+  """
+  widths = [address_shape(spec, a)[-1] for a in entry.address]
+  every = np.arange(sum(widths))
+  if entry.kind == "interleave":
+    grouped = every.reshape(-1, len(widths), spec.head_dim)
+    parts = [grouped[:, j].reshape(-1) for j in range(len(widths))]
+  else:
+    parts = np.split(every, np.cumsum(widths)[:-1])
+  return dict(zip(entry.address, parts, strict=True))
+
+
 def _family(spec: specs.Spec) -> hf_names.Family:
   if spec.family not in hf_names.FAMILIES:
     raise ValueError(
