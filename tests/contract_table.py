@@ -117,6 +117,8 @@ def adapted(m: model.Model) -> model.Model:
 ROWS = (
   Row("adapt.lora", {"rank": 4}),
   Row("adapt.merge", prepare=adapted, reduces=True),
+  Row("compress.prune.d_pruner", neutral={"sparsity": 0.0}),
+  Row("compress.prune.ecoflap", neutral={"sparsity": 0.0}),
   Row(
     "compress.prune.gradual",
     {"sparsity": 0.5, "steps": 3, "every": 1, "rate": 1e-5},
@@ -125,7 +127,7 @@ ROWS = (
   ),
   # A rate so small that rounding, which Adam turns into whole steps, stays within the tolerance.
   Row(
-    "compress.distill.logits",
+    "compress.distill.logits", "compress.prune.minitron",
     {"steps": 2, "rate": 1e-5},
     {"steps": 0},
     count=1,
@@ -136,8 +138,16 @@ ROWS = (
   Row("compress.low_rank.lorc", {"rank": 2}, {"rank": 0}, quantized, count=1, reduces=True),
   Row("compress.low_rank.svd", {"rank": 4}, {"rank": 16}, reduces=True),
   Row("compress.low_rank.svd_llm", {"rank": 4}, {"rank": 16}, reduces=True),
+  Row("compress.prune.layer_drop", {"layers": (0,)}, {"layers": ()}),
   Row("compress.prune.magnitude", neutral={"sparsity": 0.0}),
+  Row(
+    "compress.prune.minitron",
+    {"layers": 1, "d_model": 8, "d_ff": 16, "heads": 1},
+    {"layers": None, "d_model": None, "d_ff": None, "heads": None},
+    reduces=True,
+  ),
   Row("compress.prune.obert", {"block": 8}, {"sparsity": 0.0}, reduces=True),
+  Row("compress.prune.shortgpt", {"drop": 1}, {"drop": 0}),
   Row("compress.prune.sparsegpt", neutral={"sparsity": 0.0}, reduces=True),
   Row("compress.prune.wanda", neutral={"sparsity": 0.0}),
   Row(
@@ -197,6 +207,13 @@ ROWS = (
     {**VQ, "length": 2},
     {"length": 4},
     done("compress.quantize.vptq", **VQ),
+    reduces=True,
+  ),
+  Row(
+    "compress.quantize.vq4dit",
+    {**VQ, "length": 2, "epochs": 1, "table_rate": 1e-6},
+    {"length": 4},
+    done("compress.quantize.vq4dit", **VQ, epochs=0),
     reduces=True,
   ),
   Row(
@@ -353,6 +370,7 @@ LEARN = {
   "compress.quantize.flexround",
   "compress.quantize.autoround",
   "compress.prune.gradual", "compress.quantize.aqlm", "compress.quantize.vptq",
+  "compress.quantize.vq4dit",
   "merge.adamerging", "merge.arcee_fusion", "merge.atlas", "merge.bang", "merge.dam", "merge.pcb",
   "merge.optmerge", "merge.pleas", "merge.rebasin", "merge.salsa", "merge.soup_learned",
   "merge.sparse_model_soups", "merge.unconstrained", "merge.wudi",

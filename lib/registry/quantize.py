@@ -69,4 +69,10 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/quantize/vptq_test.py",
     note="outliers are kept as they are; no fine-tuning of tables over layers",
   ),
+  "compress.quantize.vq4dit": entries.Entry(
+    factory="treesurgeon.compress.quantize.vq4dit:vq4dit",
+    paper="Deng et al., VQ4DiT, 2024, arXiv 2408.17131",
+    oracle="tests/compress/quantize/vq4dit_test.py",
+    note="for any network; calibrates on hidden states of the data given, not of noise",
+  ),
 }

@@ -34,6 +34,7 @@ def block(
   batch: int,
   loss: Loss | None = None,
   penalty: Callable[[Any], jax.Array] | None = None,
+  hard: Callable[[Any], Mapping[str, Any]] | None = None,
 ) -> Any:
   """Minimise the change in a block's output over what its kernels are made of.
 
@@ -48,6 +49,7 @@ def block(
     batch: rows a step.
     loss: (outputs, which rows) -> a number a row; None is the mean square from the targets.
     penalty: parameters -> what is added to the loss, which is 1 at the start.
+    hard: what the parameters become in the end, for the choice of the best; None is `build`.
 
   Returns:
     The best parameters seen.
@@ -71,13 +73,12 @@ def block(
   def squares(out: jax.Array, at: jax.Array) -> jax.Array:
     return reconstruct.squared(out, targets[at].astype(jnp.float32))
 
-  def of(x: Any, at: jax.Array) -> jax.Array:
-    out = forward(build(x), inputs[at]).astype(jnp.float32)
-    return (loss or squares)(out, at)
+  def of(made: Mapping[str, Any], at: jax.Array) -> jax.Array:
+    return (loss or squares)(forward(made, inputs[at]).astype(jnp.float32), at)
 
   def whole(x: Any) -> jax.Array:
-    at = jnp.arange(each * batch).reshape(each, batch)
-    found = jax.lax.map(lambda part: of(x, jnp.minimum(part, rows - 1)), at)
+    at, made = jnp.arange(each * batch).reshape(each, batch), (hard or build)(x)
+    found = jax.lax.map(lambda part: of(made, jnp.minimum(part, rows - 1)), at)
     return jnp.where(at < rows, found, 0.0).sum() / rows
 
   unit = whole(start)
@@ -88,7 +89,7 @@ def block(
     at = (i * batch + jnp.arange(batch)) % rows
 
     def objective(x: Any) -> jax.Array:
-      return of(x, at).mean() / unit + (0.0 if penalty is None else penalty(x))
+      return of(build(x), at).mean() / unit + (0.0 if penalty is None else penalty(x))
 
     change, moments = optimizer.update(jax.grad(objective)(x), moments, x)
     return optax.apply_updates(x, change), moments
