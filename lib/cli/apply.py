@@ -52,7 +52,7 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
   flags.DEFINE_multi_string(
     "calibration", [],
     "Calibration data: UTF-8 text, JSON lines (.jsonl), or token ids (.npy, .npz); repeat to give "
-    "one to each donor.",
+    "one to each donor, or several to a transform that takes several.",
     flag_values=values,
   )  # fmt: skip
   flags.DEFINE_string(
@@ -272,7 +272,8 @@ def bring(
   named = [need for one in transform for need in one.needs.values()]
   donors = [n for need in named if isinstance(need, needs.Donors) for n in need.models]
   texts, recipe, digests = list(values.calibration), {}, {}
-  if len(texts) > 1 and len(texts) != len(donors):
+  sets = any(getattr(need, "of", None) == "sets" for need in named)
+  if len(texts) > 1 and len(texts) != len(donors) and not sets:
     raise ValueError(
       f"--calibration is given {len(texts)} times; the transform names {len(donors)} donors: give "
       "one text for all, or one for each donor"
@@ -299,7 +300,8 @@ def bring(
         source=f"--calibration={path}",
       )
     )
-    role = "calibration" if len(texts) == 1 else f"calibration of donor {i}"
+    role = f"calibration {i}" if sets else f"calibration of donor {i}"
+    role = "calibration" if len(texts) == 1 else role
     digests[role] = lineage.digest(path)
   digests |= {f"donor {i}": checkpoint.Checkpoint(n).digest() for i, n in enumerate(donors)}
   files = [need.path for need in named if isinstance(need, needs.Requests) and need.path]

@@ -4,6 +4,20 @@
 from treesurgeon.registry import entries
 
 TABLE: dict[str, entries.Entry] = {
+  "compress.prune.d_pruner": entries.Entry(
+    factory="treesurgeon.compress.prune.d_pruner:d_pruner",
+    paper="Zhang et al., Pruning as a domain-specific LLM extractor, 2024, arXiv 2405.06275",
+    oracle="tests/compress/prune/d_pruner_test.py",
+    note="general importance is Fisher information, so both texts count in nats; the authors' "
+    "code takes SparseGPT's error, which at its learning rate changes next to nothing",
+  ),
+  "compress.prune.ecoflap": entries.Entry(
+    factory="treesurgeon.compress.prune.ecoflap:ecoflap",
+    paper="Sung et al., ECoFLaP: Efficient coarse-to-fine layer-wise pruning for vision-language "
+    "models, 2024, arXiv 2310.02998",
+    oracle="tests/compress/prune/ecoflap_test.py",
+    note="the mean sparsity is exact, which the authors' rounding is not",
+  ),
   "compress.prune.gradual": entries.Entry(
     factory="treesurgeon.compress.prune.gradual:gradual",
     paper="Zhu and Gupta, To prune, or not to prune: exploring the efficacy of pruning for model "

@@ -83,6 +83,17 @@ def test_calibration_is_recorded_well_enough_to_do_it_again(directories, tmp_pat
   assert replay.differing(m, again) == []
 
 
+def test_a_transform_may_take_several_calibration_texts(directories, tmp_path, text, fails):
+  other = tmp_path / "other.txt"
+  other.write_text("0123456789" * 40)
+  args = [f"--model={directories / 'base'}", f"--out={tmp_path / 'out'}", f"--calibration={text}"]
+  args += ["--samples=2", "--length=16", "--transform=compress.prune.d_pruner()"]
+  assert "d_pruner needs two calibration texts" in fails("apply", *args)
+  assert apply(*args, f"--calibration={other}") == 0
+  (record,) = io.load(tmp_path / "out").lineage
+  assert {"calibration 0", "calibration 1"} <= set(record.inputs)
+
+
 def test_transforms_chain_and_lineage_goes_on(directories, tmp_path):
   one, two = tmp_path / "one", tmp_path / "two"
   assert apply(f"--model={directories / 'base'}", f"--out={one}", "--transform=grow.g_stack()") == 0

@@ -16,6 +16,27 @@ from treesurgeon.compress.prune import masks
 from treesurgeon.core import needs, step
 
 
+def influence(
+  w: Float[Array, "rows cols"], squares: Float[Array, " rows"]
+) -> Float[Array, "rows cols"]:
+  """Compute how much each weight matters to its output.
+
+  Args:
+    w: weights, input dimension first.
+    squares: sum of squares of each input, up to a factor; all zero counts as all alike.
+
+  Returns:
+    |w_ij| ||x_i||, float32.
+
+  Example:
+    >>> influence(jnp.array([[3.0], [-1.0]]), jnp.array([0.25, 1.0])).tolist()
+    [[1.5], [1.0]]
+  """
+  norms = jnp.sqrt(squares.astype(jnp.float32))
+  norms = jnp.where((norms > 0).any(), norms, 1.0)
+  return jnp.abs(w.astype(jnp.float32)) * norms[:, None]
+
+
 def prune(
   w: Float[Array, "rows cols"],
   squares: Float[Array, " rows"],
@@ -40,9 +61,7 @@ def prune(
     >>> prune(jnp.array([[3.0], [1.0]]), jnp.array([0.01, 1.0]), sparsity=0.5).tolist()
     [[0.0], [1.0]]
   """
-  norms = jnp.sqrt(squares.astype(jnp.float32))
-  norms = jnp.where((norms > 0).any(), norms, 1.0)
-  score = jnp.abs(w.astype(jnp.float32)) * norms[:, None]
+  score = influence(w, squares)
   return masks.apply(w, score, sparsity=sparsity, pattern=pattern, packed=packed, per="column")
 
 
