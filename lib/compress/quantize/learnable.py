@@ -83,10 +83,10 @@ def rounded(steps: jax.Array, zeros: jax.Array, form: Form) -> jax.Array:
     Codes as floats; the gradient of what is clipped is zero.
 
   Example:
-    >>> form = Form(2, 1, True, "float32")
-    >>> [rounded(jnp.array(x), jnp.array(2.0), form).item() for x in (1.2, 1.7)]
+    >>> zero, form = jnp.array(2.0), Form(2, 1, True, "float32")
+    >>> [rounded(jnp.array(x), zero, form).item() for x in (1.2, 1.7)]
     [3.0, 3.0]
-    >>> [jax.grad(rounded)(x, 2.0, form).item() for x in (1.2, 1.7)]
+    >>> [jax.grad(rounded)(x, zero, form).item() for x in (1.2, 1.7)]
     [1.0, 0.0]
   """
   return _clip(through(steps) + zeros if form.symmetric else through(steps + zeros), form)

@@ -91,18 +91,19 @@ def learn(
   def one(i: jax.Array, state: tuple, unit: jax.Array) -> tuple:
     learned, moments = state
     change, moments = optimizer.update(jax.grad(objective)(learned, i, unit), moments, learned)
-    learned = optax.apply_updates(learned, change)
-    return {n: rounding.project(x) for n, x in learned.items()}, moments
+    moved: Any = optax.apply_updates(learned, change)
+    return {n: rounding.project(x) for n, x in moved.items()}, moments
 
   def stretch(state: tuple, bounds: tuple) -> tuple[tuple, None]:
     learned, moments, best, least, unit = state
+    first, last = bounds
     learned, moments = jax.lax.fori_loop(
-      *bounds, lambda i, state: one(i, state, unit), (learned, moments)
+      first, last, lambda i, state: one(i, state, unit), (learned, moments)
     )
     error = whole(made(learned, hard=True))
-    first = jnp.isinf(least).all() & (error.sum() > 0)
+    begun = jnp.isinf(least).all() & (error.sum() > 0)
     best = jax.tree.map(lambda new, old: jnp.where(error < least, new, old), learned, best)
-    unit = jnp.where(first, error.sum(), unit)
+    unit = jnp.where(begun, error.sum(), unit)
     return (learned, moments, best, jnp.minimum(error, least), unit), None
 
   learned = {n: rounding.start(w.astype(jnp.float32), forms[n]) for n, w in kernels.items()}
