@@ -127,7 +127,7 @@ ROWS = (
   ),
   # A rate so small that rounding, which Adam turns into whole steps, stays within the tolerance.
   Row(
-    "compress.distill.logits", "compress.prune.minitron",
+    "compress.distill.logits",
     {"steps": 2, "rate": 1e-5},
     {"steps": 0},
     count=1,
@@ -365,7 +365,7 @@ FULL = {
   "merge.ties", "merge.tsv_merge",
 }  # fmt: skip
 LEARN = {
-  "compress.distill.logits",
+  "compress.distill.logits", "compress.prune.minitron",
   "compress.quantize.gradient_ptq",
   "compress.quantize.flexround",
   "compress.quantize.autoround",

@@ -25,11 +25,24 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/prune/gradual_test.py",
     note="masks by jaxpruner's rule; with a pattern the runs thin out along the same curve",
   ),
+  "compress.prune.layer_drop": entries.Entry(
+    factory="treesurgeon.compress.prune.layer_drop:layer_drop",
+    paper="Sajjad et al., On the effect of dropping layers of pre-trained Transformer models, 2020, "
+    "arXiv 2004.03844",
+    oracle="tests/compress/prune/structure_test.py",
+  ),
   "compress.prune.magnitude": entries.Entry(
     factory="treesurgeon.compress.prune.magnitude:magnitude",
     paper="Han et al., Learning both weights and connections, 2015, arXiv 1506.02626",
     oracle="tests/compress/prune/prune_test.py",
     note="one shot, no retraining; per='model' compares weights over all selected leaves",
+  ),
+  "compress.prune.minitron": entries.Entry(
+    factory="treesurgeon.compress.prune.minitron:minitron",
+    paper="Muralidharan et al., Compact language models via pruning and knowledge distillation, "
+    "2024, arXiv 2407.14679",
+    oracle="tests/compress/prune/structure_test.py",
+    note="one shape for all layers; retraining is compress.distill.logits",
   ),
   "compress.prune.obert": entries.Entry(
     factory="treesurgeon.compress.prune.obert:obert",
@@ -38,6 +51,12 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/prune/obert_test.py",
     note="weights kept are at the exact minimum for all those pruned of a block, where the "
     "authors' code adds up single updates; one shot",
+  ),
+  "compress.prune.shortgpt": entries.Entry(
+    factory="treesurgeon.compress.prune.shortgpt:shortgpt",
+    paper="Men et al., ShortGPT: Layers in large language models are more redundant than you expect, "
+    "2024, arXiv 2403.03853",
+    oracle="tests/compress/prune/structure_test.py",
   ),
   "compress.prune.sparsegpt": entries.Entry(
     factory="treesurgeon.compress.prune.sparsegpt:sparsegpt",
