@@ -27,8 +27,8 @@ TABLE: dict[str, entries.Entry] = {
   ),
   "compress.prune.layer_drop": entries.Entry(
     factory="treesurgeon.compress.prune.layer_drop:layer_drop",
-    paper="Sajjad et al., On the effect of dropping layers of pre-trained Transformer models, 2020, "
-    "arXiv 2004.03844",
+    paper="Sajjad et al., On the effect of dropping layers of pre-trained Transformer models, "
+    "2020, arXiv 2004.03844",
     oracle="tests/compress/prune/structure_test.py",
   ),
   "compress.prune.magnitude": entries.Entry(
@@ -54,8 +54,8 @@ TABLE: dict[str, entries.Entry] = {
   ),
   "compress.prune.shortgpt": entries.Entry(
     factory="treesurgeon.compress.prune.shortgpt:shortgpt",
-    paper="Men et al., ShortGPT: Layers in large language models are more redundant than you expect, "
-    "2024, arXiv 2403.03853",
+    paper="Men et al., ShortGPT: Layers in large language models are more redundant than you "
+    "expect, 2024, arXiv 2403.03853",
     oracle="tests/compress/prune/structure_test.py",
   ),
   "compress.prune.sparsegpt": entries.Entry(
