@@ -14,6 +14,7 @@ LAUNCHERS = {
   "directions": "directions",
   "facts": "train_facts",
   "merge_bench": "merge_bench",
+  "ptq_study": "ptq_study",
   "quickstart": "run",
 }
 
