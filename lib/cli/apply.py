@@ -4,15 +4,21 @@
   treesurgeon apply --model=DIR --out=DIR --transform='compress.quantize.rtn(bits=4)'
   treesurgeon apply --model=DIR --out=DIR --config=configs/x.py[:variant] [--config.key=value]
 
-Steps that work leaf by leaf are streamed, in memory bounded by the largest leaf; others load the
+Steps that work leaf by leaf are streamed, in memory bounded by the largest leaf; steps that work
+block by block too, in memory bounded by the largest block and --activation_budget; others load the
 model. An interrupted run leaves the output untouched, and a rerun goes on where a streamed one was.
+
+Statistics of inputs are taken with the blocks before changed already (--driver=blockwise, what
+GPTQ and its kin get by default), or all at once on the unchanged model (--driver=run).
 """
 
 import dataclasses
 import functools
 import hashlib
+import pathlib
 from typing import Any
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -24,7 +30,7 @@ from treesurgeon.edit import requests
 from treesurgeon.io import chat_templates, checkpoint, loading, staging, tokenizer_files
 from treesurgeon.io import sink as checkpoint_sink
 from treesurgeon.io import tokenizer as tokenizers
-from treesurgeon.run import budget, calibration, casting, collect, drivers, dry
+from treesurgeon.run import activations, budget, calibration, casting, collect, drivers, dry
 
 DRIVERS = ("auto", "run", "blockwise", "stream")
 
@@ -64,6 +70,11 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
     "calibration_rows", "pack", calibration.ROWS,
     "Join documents and cut them into sequences of one length, or give each a row of its own with "
     "a mask over the padding.",
+    flag_values=values,
+  )  # fmt: skip
+  flags.DEFINE_string(
+    "activation_budget", "4GB",
+    "Hidden states kept in memory, such as 2GB; beyond it they lie in a file beside --out.",
     flag_values=values,
   )  # fmt: skip
   flags.DEFINE_integer("samples", 128, "Calibration sequences.", 1, flag_values=values)
@@ -162,15 +173,20 @@ def execute(
     driver = "blockwise" if blockwise else "run"
     driver = "stream" if drivers.streamable(transform) else driver
   limits = {"overwrite": values.overwrite, "max_shard_bytes": values.max_shard_bytes}
-  if driver == "stream":
-    job = (step.spell(transform), values.seed, dtype, out_dtype, sorted(materials.digests.items()))
+  by_block = driver == "blockwise" and out_dtype is None  # what is written must be what ran
+  by_block = by_block and drivers.block_streamable(transform, source)
+  if driver == "stream" or by_block:
+    inputs = materials.inputs if by_block else materials.digests
+    job = (step.spell(transform), values.seed, dtype, out_dtype, sorted(inputs.items()))
+    job += (driver, jax.device_count()) if by_block else ()
     fingerprint = hashlib.sha256(repr(job).encode()).hexdigest()
     with checkpoint_sink.Sink(
       values.out, source.spec, companions=source.directory, job=fingerprint, **limits
     ) as sink:
       base = casting.Cast(source, dtype)
-      target = casting.CastSink(sink, out_dtype)
-      records = drivers.stream(transform, base, target, materials, seed=values.seed)
+      target = sink if by_block else casting.CastSink(sink, out_dtype)
+      go = drivers.stream_blocks if by_block else drivers.stream
+      records = go(transform, base, target, materials, seed=values.seed)
       sink.close((*source.lineage, *records), inputs=materials.digests)
   else:
     go = drivers.run if driver == "run" else drivers.run_blockwise
@@ -269,7 +285,7 @@ def bring(
   Raises:
     ValueError: for texts that are too short, or of another number than the donors.
   """
-  named = [need for one in transform for need in one.needs.values()]
+  named, room = [need for one in transform for need in one.needs.values()], _room(values)
   donors = [n for need in named if isinstance(need, needs.Donors) for n in need.models]
   texts, recipe, digests = list(values.calibration), {}, {}
   sets = any(getattr(need, "of", None) == "sets" for need in named)
@@ -315,7 +331,21 @@ def bring(
     read_requests=functools.partial(_requests, directory=values.model),
     digests={"base": source.digest(), **digests},
     recipe=recipe,
+    room=room,
   )
+
+
+def _room(values: flags.FlagValues) -> activations.Room:
+  """Return where calibration takes place: all devices, and files beside the output."""
+  try:
+    limit = budget.read_bytes(values.activation_budget)
+  except ValueError as error:
+    raise ValueError(f"--activation_budget: {error}") from error
+  mesh = None
+  if jax.device_count() > 1:
+    types = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=types)
+  return activations.Room(limit, str(pathlib.Path(values.out).absolute().parent), mesh)
 
 
 def _render(source: checkpoint.Checkpoint) -> calibration.Render | None:

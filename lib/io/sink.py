@@ -129,6 +129,37 @@ class Sink:
       meta, parts = leaves.to_parts(x)
       self._write_all(base, meta, {packed.join(base, p): np.asarray(v) for p, v in parts.items()})
 
+  def leaf(self, address: str) -> Any:
+    """Read back a leaf that a killed run of the same job has finished.
+
+    Args:
+      address: one for which `done` holds.
+
+    Returns:
+      A host array, or a compressed leaf of host arrays.
+    """
+    entry = self._entry(address)
+    base = self._base(entry, address)
+    note = self._writer.notes.get(base)
+    if note is None:
+      return hf.to_leaves(self.spec, entry, self._writer.read(entry.name))[address]
+    arrays = {name.partition("::")[2]: self._writer.read(name) for name in note["tensors"]}
+    shape = tuple(hf.address_shape(self.spec, address))
+    return packed.build(note["meta"], arrays, shape=shape, where=f"{address} in the journal")
+
+  @property
+  def state(self) -> Mapping[str, Any]:
+    """What `flush` was last given, by a killed run of the same job too."""
+    return self._writer.state
+
+  def flush(self, state: Mapping[str, Any]) -> None:
+    """Make what was written, and JSON beside it, outlive the process.
+
+    Args:
+      state: what a run needs to go on.
+    """
+    self._writer.flush(state)
+
   def close(
     self,
     records: Sequence[lineage.Record] = (),

@@ -3,14 +3,14 @@
 
 Tensors go straight to disk, in the order in which they come, behind room left for the header that
 is filled in when the shard is complete, so nothing is buffered and no byte is copied twice. Every
-finished shard is synced and noted in a journal together with the job's fingerprint: a run of
-the same job that follows a killed one skips the tensors of those shards. Equal sequences of writes
-give equal bytes, interrupted or not.
+finished shard is synced and noted in a journal together with the job's fingerprint, and so is a
+shard in the making by `flush`: a run of the same job that follows a killed one skips the tensors
+noted, and can read them back. Equal sequences of writes give equal bytes, interrupted or not.
 """
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Writer:
   Attributes:
     stage: the working directory, for further files of the output.
     notes: JSON values that the journal keeps along with the finished shards.
+    state: JSON that `flush` was last given, by a killed run of the same job too.
 
   Raises:
     ValueError: if the output exists, or another process is writing it.
@@ -68,6 +69,7 @@ class Writer:
     self._job = None if job is None else f"{job} {self._max} {self._header_bytes}"
     self._single = single
     self.notes: dict[str, Any] = {}
+    self.state: dict[str, Any] = {}
     self._shards: list[dict[str, Any]] = []
     self._finished: set[str] = set()
     self._open: dict[str, header.Info] = {}
@@ -88,8 +90,44 @@ class Writer:
       self.abort()
 
   def done(self, name: str) -> bool:
-    """Tell whether a tensor is in a finished shard, so that a resumed run need not compute it."""
+    """Tell whether the journal notes a tensor, so that a resumed run need not compute it."""
     return name in self._finished
+
+  def read(self, name: str) -> np.ndarray:
+    """Read back a tensor that the journal notes.
+
+    Args:
+      name: one for which `done` holds.
+
+    Returns:
+      The tensor.
+    """
+    if name not in self._open:
+      shard = next(s for s in self._shards if name in s["tensors"])
+      return safetensors.open_file(self.stage.path / shard["file"])[name]
+    info = self._open[name]
+    array = np.empty(info.shape, info.dtype)
+    data = array.reshape(-1).view(np.uint8).data
+    while data:
+      done = os.preadv(self._fd, [data], self._size + info.stop - len(data))
+      data = data[done:]
+    return array
+
+  def flush(self, state: Mapping[str, Any]) -> None:
+    """Make all that was written outlive the process.
+
+    Args:
+      state: JSON kept beside it.
+
+    Raises:
+      OSError: if the disk is full.
+    """
+    self.state = dict(state)
+    with self.stage.disk():
+      if self._fd >= 0:
+        os.fsync(self._fd)
+      self._finished.update(self._open)
+      self._note()
 
   def write(self, name: str, array: Any) -> None:
     """Append a tensor; one that is already in a finished shard is skipped.
@@ -155,12 +193,12 @@ class Writer:
     if self._fd >= 0:
       os.close(self._fd)
       self._fd = -1
-    self.stage.abort(keep=self._job is not None and bool(self._shards))
+    self.stage.abort(keep=self._job is not None and bool(self._finished))
 
   def _begin(self, need: int) -> None:
     self._size = max(self._header_bytes, -(-(need + 64) // 8) * 8)
     self._room, self._at = self._size - 64, 0
-    self._fd = os.open(self.stage.path / _OPEN, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    self._fd = os.open(self.stage.path / _OPEN, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     os.lseek(self._fd, self._size, os.SEEK_SET)
 
   def _finish(self) -> None:
@@ -176,7 +214,14 @@ class Writer:
     self._shards.append({"file": file, "bytes": self._at, "tensors": list(self._open)})
     self._finished.update(self._open)
     self._open, self._at = {}, 0
-    state = {"job": self._job, "shards": self._shards, "notes": self.notes}
+    self._note()
+
+  def _note(self) -> None:
+    """Write the journal."""
+    state = {"job": self._job, "shards": self._shards, "notes": self.notes, "state": self.state}
+    if self._open:
+      tensors = {name: header.entry(info) for name, info in self._open.items()}
+      state["open"] = {"tensors": tensors, "start": self._size, "room": self._room}
     self.stage.text(_JOURNAL, json.dumps(state))
 
   def _resume(self) -> bool:
@@ -189,12 +234,26 @@ class Writer:
         held = safetensors.open_file(self.stage.path / shard["file"])  # checks the size too
         if list(held) != shard["tensors"]:
           return False
-      notes = dict(state["notes"])
+      notes, kept = dict(state["notes"]), dict(state["state"])
+      if "open" in state:
+        self._reopen(**state["open"])
     except (OSError, ValueError, KeyError, TypeError):
       return False
-    self._shards, self.notes = state["shards"], notes
-    self._finished = {name for shard in self._shards for name in shard["tensors"]}
+    self._shards, self.notes, self.state = state["shards"], notes, kept
+    self._finished = {name for shard in self._shards for name in shard["tensors"]} | {*self._open}
     return True
+
+  def _reopen(self, tensors: Mapping[str, Any], start: int, room: int) -> None:
+    """Go on in a shard that was flushed, behind what was."""
+    path = self.stage.path / _OPEN
+    end = max(entry["data_offsets"][1] for entry in tensors.values())
+    found = header.parse(json.dumps(tensors).encode(), data_bytes=end, file=str(path))
+    if path.stat().st_size < start + end:
+      raise ValueError(f"{path} is shorter than the journal says")
+    self._fd = os.open(path, os.O_RDWR)
+    os.ftruncate(self._fd, start + end)
+    os.lseek(self._fd, 0, os.SEEK_END)
+    self._open, self._at, self._size, self._room = found, end, start, room
 
 
 def _pieces(array: np.ndarray) -> Iterator[memoryview]:

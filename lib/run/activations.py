@@ -9,6 +9,7 @@ examples of a batch are dealt out where they divide evenly.
 import dataclasses
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -174,7 +175,11 @@ class Hidden:
     return self._room.deal(jax.device_put(held, may_alias=True))
 
   def _open(self) -> Any:
-    return tempfile.TemporaryFile(dir=self._room.folder)
+    if self._room.folder is not None:
+      os.makedirs(self._room.folder, exist_ok=True)
+    file = tempfile.TemporaryFile(dir=self._room.folder)
+    weakref.finalize(self, file.close)
+    return file
 
   def _write(self, file: Any, h: jax.Array, start: int) -> "_Place":
     array = np.ascontiguousarray(h)

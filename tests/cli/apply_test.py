@@ -185,6 +185,19 @@ def test_bad_calibration_texts_are_told(directories, tmp_path, fails):
   assert f"--calibration={short} is not UTF-8 text" in go(short)
   assert "is not a file" in go(tmp_path / "nowhere.txt")
   assert "samples" in go(short, "--samples=0")
+  lines = tmp_path / "lines.jsonl"
+  lines.write_text('{"text": "a"}\n"b"\n')
+  assert f"""--calibration={lines}:2: '"b"' is not a JSON object""" in go(lines)
+  lines.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+  assert f"--calibration={lines}:1: 'messages' holds messages, and the model has no chat" in go(
+    lines
+  )
+  np.save(tmp_path / "ids.npy", np.full((2, 32), 257))
+  said = go(tmp_path / "ids.npy")
+  assert "ids.npy has the token 257, the model's vocabulary ends at 256" in said
+  assert "--activation_budget: budget 'much' is not a size such as" in go(
+    short, "--activation_budget=much"
+  )
 
 
 def test_an_output_that_exists_is_kept(directories, tmp_path, fails):
@@ -220,7 +233,7 @@ count, write = 0, sink.Sink.write
 def dying(self, address, leaf):
   global count
   count += 1
-  if count == 12:
+  if count == int(os.environ["DIES_AT"]):
     os.kill(os.getpid(), signal.SIGKILL)
   write(self, address, leaf)
 sink.Sink.write = dying
@@ -228,19 +241,27 @@ sys.exit(main.run(sys.argv[1:]))
 """
 
 
-def test_a_killed_stream_loses_nothing_and_a_rerun_completes_it(directories, tmp_path):
+GPTQ = "compress.quantize.gptq(bits=4, group_size=8)"
+
+
+@pytest.mark.parametrize("by_block", [False, True], ids=["by leaf", "by block"])
+def test_a_killed_stream_loses_nothing_and_a_rerun_completes_it(
+  directories, tmp_path, text, by_block
+):
   out, whole = tmp_path / "out", tmp_path / "whole"
   args = [f"--model={directories / 'base'}", f"--transform={RTN}", "--max_shard_bytes=600"]
+  if by_block:  # in one shard; the second block is cut short
+    args = [args[0], f"--transform={GPTQ}", f"--calibration={text}", "--activation_budget=1kB"]
   assert apply(*args, f"--out={whole}") == 0
   out.mkdir()
   (out / "mine.txt").write_text("precious")
   command = [sys.executable, "-P", "-c", KILLED, "apply", *args, f"--out={out}", "--overwrite"]
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "DIES_AT": "15" if by_block else "12"}
   killed = subprocess.run(command, env=environment, check=False, capture_output=True)
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   assert os.listdir(out) == ["mine.txt"]
   left = list((tmp_path / ".out.partial").glob("*.safetensors*"))
-  assert left, "nothing was kept for the rerun"
+  assert left or (tmp_path / ".out.partial" / "shard.open").exists(), "nothing was kept"
   assert apply(*args, f"--out={out}", "--overwrite") == 0
   names = sorted(p.name for p in whole.iterdir())
   assert sorted(p.name for p in out.iterdir()) == names
@@ -250,6 +271,26 @@ def test_a_killed_stream_loses_nothing_and_a_rerun_completes_it(directories, tmp
       assert same or name == "lineage.json", name
   assert replay.differing(io.Checkpoint(out), io.Checkpoint(whole)) == []
   assert io.Checkpoint(out).lineage == io.Checkpoint(whole).lineage
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt", "whole"]
+
+
+def test_blocks_are_streamed_as_they_are_changed_in_memory(directories, tmp_path, text):
+  out = tmp_path / "out"
+  args = [f"--model={directories / 'base'}", f"--calibration={text}", f"--transform={GPTQ}"]
+  args += ["--samples=4", "--length=16", "--activation_budget=1kB"]
+  assert apply(*args, f"--out={out}") == 0
+  streamed = io.load(out)
+  batches = calibration.batches(
+    text.read_text(), tokenizer.ByteTokenizer(), **streamed.lineage[0].recipe, vocab_size=257
+  )
+  again = replay.replay(
+    streamed.lineage,
+    io.load(directories / "base"),
+    [collect.Materials(batches=batches)],
+    parse=registry.parse,
+  )
+  assert replay.differing(streamed, again) == []
+  assert streamed.lineage[0].driver == "run_blockwise"
 
 
 def test_image_classifiers_are_pruned_and_merged_but_not_calibrated_by_text(tmp_path, text, fails):

@@ -149,6 +149,41 @@ def test_kill_and_rerun_equals_an_uninterrupted_run(tmp_path, before):
   assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
 
 
+@pytest.mark.parametrize("last", [1, 3, 5])  # in a shard's middle, and at its end
+def test_a_run_goes_on_behind_a_flush_within_a_shard(tmp_path, last):
+  whole, out = tmp_path / "whole", tmp_path / "out"
+  write(whole, job="j")
+  first = writer.Writer(out, max_shard_bytes=SHARD, job="j")
+  for i in range(last):
+    first.write(f"t{i}", ARRAYS[f"t{i}"])
+  first.flush({"at": last})
+  first.write(f"t{last}", ARRAYS[f"t{last}"])
+  first.abort()
+  again = writer.Writer(out, max_shard_bytes=SHARD, job="j")
+  assert again.state == {"at": last}
+  for i in range(last):
+    assert again.done(f"t{i}")
+    np.testing.assert_array_equal(again.read(f"t{i}"), ARRAYS[f"t{i}"])
+  # Writing the next tensor may have finished the shard that the flush was in.
+  assert not again.done(f"t{last}")
+  with again:
+    for name, x in ARRAYS.items():
+      again.write(name, x)
+  assert digests(out) == digests(whole)
+
+
+def test_a_flushed_shard_that_was_cut_starts_afresh(tmp_path):
+  first = writer.Writer(tmp_path / "out", job="j")
+  first.write("t0", ARRAYS["t0"])
+  first.flush({})
+  first.abort()
+  shard = tmp_path / ".out.partial" / "shard.open"
+  os.truncate(shard, shard.stat().st_size - 1)
+  again = writer.Writer(tmp_path / "out", job="j")
+  assert not again.done("t0")
+  again.abort()
+
+
 def test_killed_replacement_leaves_the_old_output(tmp_path):
   write(tmp_path / "out", {"old": np.zeros(2)})
   before = digests(tmp_path / "out")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 
 from treesurgeon import models, registry
 from treesurgeon.core import leaves, lineage, model, needs, paths, step
-from treesurgeon.run import collect, drivers, dry, replay, statistics
+from treesurgeon.run import activations, collect, drivers, dry, replay, statistics
 
 SPEC = models.Spec(vocab_size=19, d_model=8, num_layers=3, num_heads=2, d_ff=16, max_positions=16)
 TIED = dataclasses.replace(SPEC, tied=True)
@@ -270,6 +271,146 @@ def test_blockwise_compiles_as_much_for_six_layers_as_for_three():
     sizes.append(statistics._through._cache_size())
   # With statistics, empty and not, and without; no input of a last block is computed in vain.
   assert sizes == [3, 3]
+
+
+class Journal(Memory):
+  """A sink that tells blocks that are complete from those that are not, and may break off."""
+
+  def __init__(self, limit=10**9):
+    super().__init__(limit)
+    self.state, self.kept = {}, set()
+
+  def done(self, address):
+    return address in self.kept
+
+  def write(self, address, leaf):
+    if not self.done(address):
+      super().write(address, leaf)
+
+  def leaf(self, address):
+    return jax.tree.map(np.asarray, self.flat[address])
+
+  def flush(self, state):
+    self.state, self.kept = json.loads(json.dumps(state)), set(self.flat)
+
+  def killed(self):
+    """What a process finds that comes after this one was killed."""
+    again = Journal()
+    again.state, again.kept = self.state, set(self.kept)
+    again.flat = {a: self.flat[a] for a in self.kept}
+    return again
+
+
+MERGE = "merge.linear(weights=(0.5, 0.25, 0.25), select='layers/.*/mlp/.*')"
+CHAINS = {
+  "statistics": lambda: scale(select="(layers|lm_head)/.*"),
+  "blocks": tell,
+  "embeddings first": lambda: noisy(select="embed/.*") + scale(select="layers/.*/mlp/.*"),
+  "three levels": lambda: registry.parse(MERGE) + tell(select="layers/[12]/.*") + scale(),
+  "donors' statistics": lambda: registry.parse("merge.regmean_pp()"),
+}
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(n, marks=() if n in ("blocks", "three levels") else pytest.mark.slow)
+    for n in CHAINS
+  ],
+)
+def test_blocks_are_streamed_to_the_same_bits(name, tmp_path):
+  transform, m = CHAINS[name](), make()
+  whole = drivers.run_blockwise(transform, m, materials(), seed=4)
+  assert drivers.block_streamable(transform, m)
+  cut = Journal(limit=22)  # embeddings, two blocks, and some of the third
+  with pytest.raises(KeyboardInterrupt):
+    drivers.stream_blocks(transform, m, cut, materials(), seed=4)
+  again = cut.killed()
+  # The second run also keeps its hidden states in a file.
+  small = materials(room=activations.Room(nbytes=64, folder=str(tmp_path)))
+  records = drivers.stream_blocks(transform, m, again, small, seed=4)
+  assert replay.differing(whole, again.model(SPEC)) == []
+  assert records == whole.lineage
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_block_is_not_computed_again():
+  changed = []
+
+  def apply(m, evidence, key):
+    changed.extend({statistics.layer_of(a) for a in m.addresses()})
+    return one.apply(m, evidence, key)
+
+  (one,) = scale()
+  watched = (one._replace(apply=apply),)
+  cut = Journal(limit=22)
+  with pytest.raises(KeyboardInterrupt):
+    drivers.stream_blocks(watched, make(), cut, materials())
+  assert changed == [0, 1, 2]
+  drivers.stream_blocks(watched, make(), cut.killed(), materials())
+  assert changed == [0, 1, 2, 2]
+
+
+def test_what_cannot_be_streamed_by_blocks_is_told():
+  m = make()
+  (scaled,) = scale()
+  units = [("layers/0/mlp/up/kernel", "layers/1/mlp/up/kernel")]
+  torn = (scaled._replace(units=lambda names: units),)
+  assert not drivers.block_streamable(torn, m)
+  for text, message in (
+    ("grow.g_stack()", "works on a whole model, so it cannot be streamed"),
+    ("merge.fisher()", "needs fisher of the whole model, so it cannot be streamed"),
+  ):
+    transform = registry.parse(text)
+    assert not drivers.block_streamable(transform, m)
+    with pytest.raises(ValueError, match=message):
+      drivers.stream_blocks(transform, m, Memory(), materials())
+
+
+@pytest.mark.parametrize(
+  ("driver", "spec"),
+  [
+    (drivers.run_blockwise, SPEC),
+    (drivers.run, dataclasses.replace(SPEC, kind="encoder", num_layers=2)),
+  ],
+  ids=["decoder", "encoder"],
+)
+def test_padding_is_not_seen(driver, spec):
+  rng = np.random.default_rng(5)
+  tokens, lengths = rng.integers(0, 19, (2, 6)), (6, 3)
+  mask = np.array([[i < n for i in range(6)] for n in lengths], np.int32)
+  padded = [{"tokens": tokens, "mask": mask}]
+  apart = [tokens[i : i + 1, :n] for i, n in enumerate(lengths)]
+  a, b = (driver(scale(), make(spec), materials(batches=x)) for x in (padded, apart))
+  for address in a.addresses():
+    np.testing.assert_allclose(a.leaf(address), b.leaf(address), rtol=1e-5, err_msg=address)
+  with pytest.raises(ValueError, match="rows must have no padding; pack the documents"):
+    driver(tell(), make(), materials(batches=padded))
+
+
+@pytest.mark.parametrize("driver", [drivers.run, drivers.run_blockwise])
+def test_dead_inputs_and_want_of_tokens_are_noted(driver):
+  m = make()
+  dead = m.leaf("layers/1/mlp/up/kernel").at[:, :3].set(0)
+  m = m.update({"layers/1/mlp/up/kernel": dead})
+
+  def same(w, hessian):
+    return w + 0 * hessian.moment.sum()
+
+  one = step.over_leaves(same, hyper={}, wants={"hessian": needs.Statistic("second_moment")})
+  one = one._replace(info={"name": "demo", "given": {}, "arguments": {}}, scope="block")
+  few = materials(batches=[TEXT[0][:, :5]])
+  with pytest.warns(UserWarning) as told:
+    done = driver((one,), m, few)
+  (told,) = told
+  assert "layers/0/mlp/down/kernel: 10 calibration tokens for 16 input features" in str(
+    told.message
+  )
+  assert "lacks at least 6 of its rank" in str(told.message)
+  (record,) = done.lineage
+  assert record.notes["dead_inputs"] == {"layers/1/mlp/down/kernel": 3}
+  assert record.notes["rank_deficit"] == {f"layers/{i}/mlp/down/kernel": 6 for i in range(3)}
+  assert drivers.run((one,), make(), materials()).lineage[0].notes == {}
 
 
 def test_blockwise_refuses_what_reaches_over_blocks():
