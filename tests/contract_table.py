@@ -103,6 +103,10 @@ def done(name: str, **arguments: Any) -> Callable[[model.Model], model.Model]:
 VQ = {"length": 4, "entries": 8, "select": "layers/.*/mlp/up/kernel"}
 
 
+STACK = {"blocks": 3, "rank": 1, "select": "layers/.*/mlp/up/kernel"}
+stacked = done("compress.quantize.bitstack", **{**STACK, "blocks": 2})
+
+
 def adapted(m: model.Model) -> model.Model:
   """Return the model with adapters that are not zero, whose sum with the base a merge keeps."""
   (one,) = registry.load("adapt.lora")(rank=4)
@@ -170,6 +174,16 @@ ROWS = (
     {"bits": 3, "group_size": 8, "steps": 2},
     {"bits": 4},
     quantized,
+    reduces=True,
+  ),
+  Row("compress.quantize.bitstack", STACK, {"blocks": 2}, stacked, reduces=True),
+  Row("compress.quantize.bitstack_cut", {"budget": 0.995}, {"budget": 1.0}, stacked, adapts=True),
+  Row("compress.quantize.bitstack_sort", {"select": STACK["select"]}, {}, stacked, reduces=True),
+  Row(
+    "compress.quantize.decoupleq",
+    {"bits": 2, "group_size": 8, "rounds": 2, "epochs": 1, "select": VQ["select"]},
+    {"bits": 3},
+    done("compress.quantize.decoupleq", bits=3, group_size=8, rounds=1, epochs=0),
     reduces=True,
   ),
   Row(
@@ -365,12 +379,13 @@ FULL = {
   "merge.ties", "merge.tsv_merge",
 }  # fmt: skip
 LEARN = {
+  "compress.quantize.decoupleq",
   "compress.distill.logits", "compress.prune.minitron",
   "compress.quantize.gradient_ptq",
   "compress.quantize.flexround",
   "compress.quantize.autoround",
   "compress.prune.gradual", "compress.quantize.aqlm", "compress.quantize.vptq",
-  "compress.quantize.vq4dit",
+  "compress.quantize.vq4dit", "compress.quantize.bitstack", "compress.quantize.bitstack_sort",
   "merge.adamerging", "merge.arcee_fusion", "merge.atlas", "merge.bang", "merge.dam", "merge.pcb",
   "merge.optmerge", "merge.pleas", "merge.rebasin", "merge.salsa", "merge.soup_learned",
   "merge.sparse_model_soups", "merge.unconstrained", "merge.wudi",

@@ -24,6 +24,30 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/quantize/autoround_test.py",
     note="symmetric grids are those of compressed-tensors, not the ones of negative scales",
   ),
+  "compress.quantize.bitstack": entries.Entry(
+    factory="treesurgeon.compress.quantize.bitstack:bitstack",
+    paper="Wang et al., BitStack, 2024, arXiv 2410.23918",
+    oracle="tests/compress/quantize/bitstack_test.py",
+    note="norms of inputs are divided out of the left factors, so every kernel is scaled",
+  ),
+  "compress.quantize.bitstack_cut": entries.Entry(
+    factory="treesurgeon.compress.quantize.bitstack_cut:bitstack_cut",
+    paper="Wang et al., BitStack, 2024, arXiv 2410.23918",
+    oracle="tests/compress/quantize/bitstack_test.py",
+    note="any prefix of the order loads",
+  ),
+  "compress.quantize.bitstack_sort": entries.Entry(
+    factory="treesurgeon.compress.quantize.bitstack_sort:bitstack_sort",
+    paper="Wang et al., BitStack, 2024, arXiv 2410.23918",
+    oracle="tests/compress/quantize/bitstack_test.py",
+    note="one pass over the batches for every block but the first ones",
+  ),
+  "compress.quantize.decoupleq": entries.Entry(
+    factory="treesurgeon.compress.quantize.decoupleq:decoupleq",
+    paper="Guo et al., decoupleQ, 2024, arXiv 2404.12759",
+    oracle="tests/compress/quantize/decoupleq_test.py",
+    note="norms are not tuned",
+  ),
   "compress.quantize.finequant": entries.Entry(
     factory="treesurgeon.compress.quantize.finequant:finequant",
     paper="Kim et al., FineQuant, 2023, arXiv 2308.09723",
