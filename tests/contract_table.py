@@ -160,6 +160,13 @@ ROWS = (
     {"bits": 4},
     done("compress.quantize.adadim", bits=4, group_size=8),
     reduces=True,
+  # The least that a model can be, which a dry run, ignorant of errors, finds too.
+  Row(
+    "compress.prune.ziplm",
+    {"speedup": 4.5, "search": 0},
+    {"speedup": 1.0},
+    reduces=True,
+  ),
     adapts=True,
   ),
   Row(
@@ -380,7 +387,7 @@ FULL = {
 }  # fmt: skip
 LEARN = {
   "compress.quantize.decoupleq",
-  "compress.distill.logits", "compress.prune.minitron",
+  "compress.distill.logits", "compress.prune.minitron", "compress.prune.ziplm",
   "compress.quantize.gradient_ptq",
   "compress.quantize.flexround",
   "compress.quantize.autoround",

@@ -75,4 +75,11 @@ TABLE: dict[str, entries.Entry] = {
     note="at width 32, which has no outlier features, magnitude pruning by tensor is better at "
     "50 % in every seed",
   ),
+  "compress.prune.ziplm": entries.Entry(
+    factory="treesurgeon.compress.prune.ziplm:ziplm",
+    paper="Kurtic et al., ZipLM: Inference-aware structured pruning of language models, 2023, "
+    "arXiv 2302.04089",
+    oracle="tests/compress/prune/ziplm_test.py",
+    note="a unit of every block stays; costs are weights, milliseconds measured, or a file",
+  ),
 }
