@@ -87,6 +87,7 @@ $(DEV)/.stamp: $(PINS) | $(DEV)/bin/python
 $(PEERS)/.stamp: $(PINS) | $(PEERS)/bin/python
 	$(PEERS)/bin/python $(PIP) constraints.txt torch==2.13.0
 	$(PEERS)/bin/python $(PIP) constraints.txt --editable ".[peers]"
+	$(PEERS)/bin/python $(PIP) constraints.txt --no-deps --no-build-isolation gptqmodel
 	@touch $@
 
 # The script that runs there imports nothing of treesurgeon, which is therefore not installed.

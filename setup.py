@@ -62,8 +62,18 @@ EXTRAS = {
   # Other people's implementations, used as oracles by tests/peers and never by the library.
   "peers": [
     *TEST,
+    "compressed-tensors==0.20.0",
+    # GPTQModel, by which transformers reads GPTQ and AWQ, wants a newer torch than there is for
+    # the others and runs on this one: the Makefile installs it without its requirements.
+    "defuser==0.0.28",
+    "device-smi==0.5.7",
+    "logbar==0.4.15",
     "mergekit==0.1.5",
+    "optimum==2.3.0",
     "peft==0.21.2",
+    "pypcre==0.6.4",
+    "requests>=2.32",
+    "tokenicer==0.0.14",
     "torch==2.13.0",
     "transformers==5.23.0",
   ],

@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a model in another tool's format.
 
-  treesurgeon export --model=DIR --format=hf --out=DIR
+  treesurgeon export --model=DIR --format=compressed-tensors --out=DIR
 
-hf: every leaf dense, a directory that transformers loads. orbax: a checkpoint for JAX trainers.
+hf: every leaf dense, a directory that transformers loads. compressed-tensors, gptq, gptq_v2, awq:
+the quantized layers as vLLM and transformers read them, codes bit for bit, one leaf at a time;
+what a format cannot hold is refused, with what would fit. orbax: a checkpoint for JAX trainers.
 peft: the low-rank adapters alone.
-"""
 
-import functools
+Quantize first, `treesurgeon apply --transform='compress.quantize.gptq(bits=4)'`, symmetric (the
+default) where transformers is to load the result: its version 5.23 reads asymmetric
+compressed-tensors only with CompressedTensorsConfig(dequantize=True).
+"""
 
 from absl import flags
 
 from treesurgeon.adapt import adapters, peft
 from treesurgeon.cli import apply, main
 from treesurgeon.core import model as model_lib
-from treesurgeon.io import export, loading, orbax, staging
+from treesurgeon.io import checkpoint, export, layouts, loading, orbax, staging
 
-FORMATS = ("hf", "orbax", "peft")
+FORMATS = ("hf", *layouts.NAMES, "orbax", "peft")
 
 
 def define(values: flags.FlagValues, argv: list[str]) -> None:
@@ -29,7 +33,12 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
   del argv
   apply.define_output(values)
   flags.DEFINE_string("model", None, "Model directory to read.", flag_values=values)
-  flags.DEFINE_enum("format", "hf", FORMATS, "What to write.", flag_values=values)
+  flags.DEFINE_enum(
+    "format", "hf", FORMATS,
+    "What to write: dense (hf), quantized for vLLM and transformers (compressed-tensors, gptq, "
+    "gptq_v2, awq), for JAX trainers (orbax), or the adapters alone (peft).",
+    flag_values=values,
+  )  # fmt: skip
 
 
 def run(values: flags.FlagValues, args: list[str]) -> None:
@@ -43,16 +52,34 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
     raise ValueError(f"export takes no positional argument, not {args[0]!r}; use --model=DIR")
   main.required(values, "model", "out")
   staging.check_output(values.out, values.overwrite)
+  if values.format in layouts.NAMES:
+    _layout(values)
+    return
   model = loading.load(values.model)
-  write = {
-    "hf": functools.partial(
-      export.to_hf, max_shard_bytes=values.max_shard_bytes, tokenizer_from=values.model
-    ),
-    "orbax": orbax.save,
-    "peft": functools.partial(_peft, source=values.model),
-  }[values.format]
-  write(model, values.out, overwrite=values.overwrite)
+  if values.format == "hf":
+    export.to_hf(
+      model, values.out, max_shard_bytes=values.max_shard_bytes, tokenizer_from=values.model,
+      overwrite=values.overwrite,
+    )  # fmt: skip
+  elif values.format == "orbax":
+    orbax.save(model, values.out, overwrite=values.overwrite)
+  else:
+    _peft(model, values.out, overwrite=values.overwrite, source=values.model)
   print(f"wrote {values.out}")
+
+
+def _layout(values: flags.FlagValues) -> None:
+  source = checkpoint.Checkpoint(values.model)
+  report = export.to_layout(
+    source, values.out, layout=values.format, overwrite=values.overwrite,
+    max_shard_bytes=values.max_shard_bytes, tokenizer_from=values.model, records=source.lineage,
+  )  # fmt: skip
+  print(
+    f"wrote {values.out}: {report.nbytes:,} bytes of weights, {report.bits:.2f} bits a weight; "
+    f"{report.layers} quantized layers, {report.layer_bits:.3f} bits a weight with their scales"
+  )
+  for note in report.notes:
+    print(f"note: {note}")
 
 
 def _peft(model: model_lib.Model, out: str, *, overwrite: bool, source: str) -> None:

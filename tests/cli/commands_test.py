@@ -117,6 +117,25 @@ def test_export_writes_a_dense_directory(directories, tmp_path, fails):
   assert main.run(["export", model, f"--out={tmp_path / 'orbax'}", "--format=orbax"]) == 0
 
 
+def test_export_writes_what_other_tools_quantize(directories, tmp_path, fails, capsys):
+  packed, out = tmp_path / "packed", tmp_path / "out"
+  rtn = "--transform=compress.quantize.rtn(bits=4, group_size=8)"
+  assert main.run(["apply", f"--model={directories / 'base'}", f"--out={packed}", rtn]) == 0
+  form = "--format=compressed-tensors"
+  assert main.run(["export", f"--model={packed}", f"--out={out}", form]) == 0
+  assert "14 quantized layers, 9.400 bits a weight with their" in capsys.readouterr().out
+  a, b = io.load(packed), io.load(out)
+  address = "layers/0/mlp/up/kernel"
+  assert (a.leaf(address).codes == b.leaf(address).codes).all()
+  assert a.lineage == b.lineage
+  said = fails("export", f"--model={packed}", f"--out={tmp_path / 'p'}", "--format=gptq")
+  assert "multiples of 32" in said
+  said = fails("export", f"--model={directories / 'base'}", f"--out={tmp_path / 'p'}", form)
+  assert "no layer of the model is quantized; apply compress.quantize.rtn" in said
+  assert main.run(["inspect", f"--model={out}"]) == 0
+  assert "int4 g8" in capsys.readouterr().out
+
+
 def test_a_dry_run_prints_the_tree_and_writes_nothing(directories, tmp_path, capsys):
   out = tmp_path / "out"
   expression = "grow.g_stack(growth=2) + compress.quantize.rtn(bits=4, group_size=4)"
