@@ -193,6 +193,7 @@ ROWS = (
     done("compress.quantize.decoupleq", bits=3, group_size=8, rounds=1, epochs=0),
     reduces=True,
   ),
+  Row("compress.quantize.dequantize", prepare=quantized),
   Row(
     "compress.quantize.finequant",
     {"bits": 3, "smallest": 4, "shrink": 0.9},
@@ -223,6 +224,7 @@ ROWS = (
     reduces=True,
   ),
   Row("compress.quantize.rtn", {"bits": 3, "group_size": 8}, {"bits": 4}, quantized),
+  Row("compress.quantize.untie", still=True),
   Row(
     "compress.quantize.vptq",
     {**VQ, "length": 2},

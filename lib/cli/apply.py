@@ -130,7 +130,7 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
     for one in transform:
       drivers.refuse_unstreamable(one)
   for one in transform:
-    one.units(source.addresses())
+    drivers.units(one, source)
     if one.scope == "model":
       break  # it may change the addresses
   if values.dry_run:

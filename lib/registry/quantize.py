@@ -48,6 +48,11 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/quantize/decoupleq_test.py",
     note="norms are not tuned",
   ),
+  "compress.quantize.dequantize": entries.Entry(
+    factory="treesurgeon.compress.quantize.dequantize:dequantize",
+    paper="Nagel et al., A white paper on neural network quantization, 2021, arXiv 2106.08295",
+    oracle="tests/compress/quantize/dequantize_test.py",
+  ),
   "compress.quantize.finequant": entries.Entry(
     factory="treesurgeon.compress.quantize.finequant:finequant",
     paper="Kim et al., FineQuant, 2023, arXiv 2308.09723",
@@ -86,6 +91,12 @@ TABLE: dict[str, entries.Entry] = {
     paper="Nagel et al., A white paper on neural network quantization, 2021, arXiv 2106.08295",
     oracle="tests/compress/quantize/rtn_test.py",
     note="scales by the rule of compressed-tensors",
+  ),
+  "compress.quantize.untie": entries.Entry(
+    factory="treesurgeon.compress.quantize.untie:untie",
+    paper="Press and Wolf, Using the output embedding to improve language models, 2017, "
+    "arXiv 1608.05859",
+    oracle="tests/compress/quantize/untie_test.py",
   ),
   "compress.quantize.vptq": entries.Entry(
     factory="treesurgeon.compress.quantize.vptq:vptq",

@@ -20,7 +20,7 @@ import numpy as np
 from treesurgeon.core import lineage, meshes, needs, paths, pieces, step
 from treesurgeon.core import model as model_lib
 from treesurgeon.io import blocks
-from treesurgeon.run import blockwise, collect, pipeline, progress, statistics
+from treesurgeon.run import blockwise, collect, dry, pipeline, progress, statistics
 
 
 @runtime_checkable
@@ -159,6 +159,8 @@ def stream(
   for one in transform:
     refuse_unstreamable(one)
     collect.require(one, materials)
+    units(one, source)
+  dry.refuse_twice(transform, source)
   names = list(source.addresses())
   groups = _groups(transform, names)
   donors = [
@@ -240,6 +242,8 @@ def stream_blocks(
   for one in transform:
     refuse_unblockable(one)
     collect.require(one, materials)
+    units(one, source)
+  dry.refuse_twice(transform, source)
   old = sink.state.get("notes") if isinstance(sink, BlockSink) else None
   walks = []
   for i, one in enumerate(transform):
@@ -292,12 +296,46 @@ def block_streamable(transform: step.Transform, source: needs.Source) -> bool:
   try:
     for one in transform:
       refuse_unblockable(one)
-      blockwise.refuse_torn(one, one.units(source.addresses()))
+      blockwise.refuse_torn(one, units(one, source))
   except paths.NoMatch:
     raise
   except ValueError:
     return False
   return True
+
+
+def units(one: step.Step, source: needs.Source) -> step.Units:
+  """List what a step changes together in a model.
+
+  Args:
+    one: the step.
+    source: the model.
+
+  Returns:
+    Groups of addresses.
+
+  Raises:
+    ValueError: if it would change nothing; a head that it cannot find because it is tied is told.
+  """
+  names = list(source.addresses())
+  try:
+    return one.units(names)
+  except paths.NoMatch:
+    if not getattr(source.spec, "tied", False):
+      raise
+    try:
+      one.units([*names, _HEAD])
+    except ValueError:
+      pass
+    else:
+      raise paths.NoMatch(
+        f"{_HEAD}: the head is tied to the embedding, so {one!r} finds no kernel of its own; chain "
+        "compress.quantize.untie() before it to change one use without the other"
+      ) from None
+    raise
+
+
+_HEAD = "lm_head/kernel"
 
 
 def refuse_unblockable(one: step.Step) -> None:
@@ -400,7 +438,9 @@ def _each(
   mesh = meshes.explicit_mesh(model.params)
   model = model.replace(params=meshes.to_auto(model.params), aux=meshes.to_auto(dict(model.aux)))
   for i, one in enumerate(transform, first):
-    one.units(model.addresses())
+    units(one, model)
+    if any(before.scope == "model" for before in transform[: i - first]):
+      dry.refuse_twice((one,), model)
     if driver == "run" or one.scope == "model":
       changed = _apply(one, model, materials, _key(seed, i))
       check_finite(blockwise.changes(model, changed).items(), f"after {one!r}")
@@ -482,10 +522,12 @@ def _check(transform: step.Transform, model: model_lib.Model, materials: collect
   """Find mistakes before any work is done: things not brought, selections, weights not finite."""
   for one in transform:
     collect.require(one, materials)
-  for one in transform:
-    one.units(model.addresses())
+  for i, one in enumerate(transform):
+    units(one, model)
     if one.scope == "model":
-      break  # it may change the addresses
+      transform = transform[:i]  # what follows is checked when it is known what it makes
+      break
+  dry.refuse_twice(transform, model)
   check_finite(_leaves(model), "in the model")
 
 

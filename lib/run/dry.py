@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from treesurgeon import models, stats
+from treesurgeon.core import leaves, needs, paths, step
 from treesurgeon.core import model as model_lib
-from treesurgeon.core import needs, paths, step
-from treesurgeon.run import gradients, statistics
+from treesurgeon.run import describe, gradients, statistics
+
+_QUANTIZERS = "compress.quantize."  # how their names begin
 
 
 def dry_run(transform: step.Transform, model: model_lib.Model, *, donors: int = 1) -> Any:
@@ -55,6 +57,55 @@ def dry_run(transform: step.Transform, model: model_lib.Model, *, donors: int = 
     params = jax.eval_shape(apply, model.params, evidence)
     model = model.replace(spec=specs[-1], params=params)
   return model
+
+
+def refuse_twice(transform: step.Transform, source: needs.Source) -> None:
+  """Refuse to quantize what is quantized already, unless it is left as it is.
+
+  Args:
+    transform: steps, first applied first.
+    source: the model.
+
+  Raises:
+    ValueError: naming the leaf, what it is, and how to have it quantized again.
+  """
+  doers = [i for i, one in enumerate(transform) if _QUANTIZERS in step.spell((one,))]
+  if not doers:
+    return
+  shapes = {a: source.struct(a) for a in source.addresses()}
+  if len(doers) == 1 and not any(map(_quantized, shapes.values())):
+    return
+  model = model_lib.Model(source.spec, paths.unflatten(shapes))
+  for i, one in enumerate(transform[: doers[-1] + 1]):
+    chosen = {a for unit in one.units(model.addresses()) for a in unit}
+    held = {a: model.leaf(a) for a in model.addresses() if a in chosen} if i in doers else {}
+    held = {a: x for a, x in held.items() if _quantized(x)}
+    if i < doers[-1] or held:
+      model = dry_run((one,), model)
+    for address, old in held.items():
+      new = model.leaf(address)
+      if not _holds(new, old) and leaves.is_leaf(new):
+        raise ValueError(
+          f"{address} is quantized already, {describe.kind(old)}, and {one!r} would round it once "
+          "more; leave it out of `select`, or chain compress.quantize.dequantize() before to "
+          "quantize it again"
+        )
+
+
+def _quantized(leaf: Any) -> bool:
+  """Tell whether a leaf's values were rounded; factors and sparse matrices are not."""
+  if isinstance(leaf, leaves.Sum):
+    return any(map(_quantized, leaf.parts))
+  kept = leaves.LowRank | leaves.SparseTensor | leaves.Outliers | leaves.SignedLowRank
+  return leaves.is_leaf(leaf) and not isinstance(leaf, kept)
+
+
+def _holds(new: Any, old: Any) -> bool:
+  """Tell whether a leaf is another one, or wraps it."""
+  if leaves.signature(new) == leaves.signature(old):
+    return True
+  parts = getattr(new, "parts", None) or [getattr(new, "weight", None)]
+  return any(_holds(x, old) for x in parts if leaves.is_leaf(x))
 
 
 def _evidence(need: needs.Need, model: model_lib.Model, names: list[str], donors: int) -> Any:

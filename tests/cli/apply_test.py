@@ -293,6 +293,30 @@ def test_blocks_are_streamed_as_they_are_changed_in_memory(directories, tmp_path
   assert streamed.lineage[0].driver == "run_blockwise"
 
 
+def test_kernels_that_gpt2_stores_the_other_way_round_are_grouped_along_their_inputs(
+  tmp_path, text
+):
+  spec = models.Spec(
+    family="gpt2", vocab_size=257, d_model=8, num_layers=1, num_heads=2, d_ff=16, max_positions=32,
+    positions="learned", norm="layer", gated=False, activation="gelu_tanh", qkv_bias=True,
+    o_bias=True, mlp_bias=True, tied=True,
+  )  # fmt: skip
+  base = model.Model(spec, models.init(spec, jax.random.key(0)))
+  io.save(base, tmp_path / "base")
+  stored = io.Checkpoint(tmp_path / "base").tensors
+  (name,) = (n for n in stored if n.endswith("mlp.c_fc.weight"))
+  kernel = np.asarray(stored[name])
+  assert kernel.shape == (8, 16)  # in, out, where other families have out, in
+  args = [f"--model={tmp_path / 'base'}", f"--calibration={text}", "--length=16"]
+  assert apply(*args, f"--out={tmp_path / 'out'}", f"--transform={GPTQ}") == 0
+  made = io.load(tmp_path / "out").leaf("layers/0/mlp/up/kernel")
+  assert made.scales.shape == (1, 16)
+  np.testing.assert_allclose(made.scales[0], np.abs(kernel).max(axis=0) / 7.5, rtol=1e-6)
+  assert isinstance(
+    io.load(tmp_path / "out").leaf("layers/0/attn/q/kernel"), leaves.QuantizedTensor
+  )
+
+
 def test_image_classifiers_are_pruned_and_merged_but_not_calibrated_by_text(tmp_path, text, fails):
   spec = models.VisionSpec("mlp", image_size=2, num_classes=3, d_model=4, num_layers=2)
   for seed, name in enumerate(("base", "other")):
