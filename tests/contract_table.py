@@ -88,6 +88,12 @@ def quantized(m: model.Model) -> model.Model:
   return one.apply(m, {}, jax.random.key(0))
 
 
+def biased(m: model.Model) -> model.Model:
+  """Return a model whose feed-forward blocks have biases."""
+  spec = dataclasses.replace(m.spec, mlp_bias=True)
+  return tiny(spec, dtype=m.leaf("embed/tokens/embedding").dtype.name)
+
+
 def done(name: str, **arguments: Any) -> Callable[[model.Model], model.Model]:
   """Return what brings a model to a method's own result, its fixed point."""
 
@@ -154,12 +160,6 @@ ROWS = (
   Row("compress.prune.shortgpt", {"drop": 1}, {"drop": 0}),
   Row("compress.prune.sparsegpt", neutral={"sparsity": 0.0}, reduces=True),
   Row("compress.prune.wanda", neutral={"sparsity": 0.0}),
-  Row(
-    "compress.quantize.adadim",
-    {"bits": 3, "group_size": 8},
-    {"bits": 4},
-    done("compress.quantize.adadim", bits=4, group_size=8),
-    reduces=True,
   # The least that a model can be, which a dry run, ignorant of errors, finds too.
   Row(
     "compress.prune.ziplm",
@@ -167,6 +167,12 @@ ROWS = (
     {"speedup": 1.0},
     reduces=True,
   ),
+  Row(
+    "compress.quantize.adadim",
+    {"bits": 3, "group_size": 8},
+    {"bits": 4},
+    done("compress.quantize.adadim", bits=4, group_size=8),
+    reduces=True,
     adapts=True,
   ),
   Row(
@@ -183,17 +189,25 @@ ROWS = (
     quantized,
     reduces=True,
   ),
+  Row("compress.quantize.bias_correction", {}, {"strength": 0.0}, biased, reduces=True, count=1),
   Row("compress.quantize.bitstack", STACK, {"blocks": 2}, stacked, reduces=True),
   Row("compress.quantize.bitstack_cut", {"budget": 0.995}, {"budget": 1.0}, stacked, adapts=True),
   Row("compress.quantize.bitstack_sort", {"select": STACK["select"]}, {}, stacked, reduces=True),
   Row(
     "compress.quantize.decoupleq",
-    {"bits": 2, "group_size": 8, "rounds": 2, "epochs": 1, "select": VQ["select"]},
+    {"bits": 2, "group_size": 8, "rounds": 1, "epochs": 0, "select": VQ["select"]},
     {"bits": 3},
-    done("compress.quantize.decoupleq", bits=3, group_size=8, rounds=1, epochs=0),
+    done("compress.quantize.hqq", bits=3, group_size=8),
     reduces=True,
   ),
   Row("compress.quantize.dequantize", prepare=quantized),
+  Row(
+    "compress.quantize.equalize",
+    {"kind": "log"},
+    {"kind": "cross"},
+    done("compress.quantize.equalize"),
+    reduces=True,
+  ),
   Row(
     "compress.quantize.finequant",
     {"bits": 3, "smallest": 4, "shrink": 0.9},
@@ -223,7 +237,21 @@ ROWS = (
     done("compress.quantize.hqq", bits=4, group_size=8),
     reduces=True,
   ),
+  Row(
+    "compress.quantize.ptq161",
+    {"salient": 0.4, "epochs": 1, "rate": 1e-6, "scale_rate": 1e-6, "select": VQ["select"]},
+    {"salient": 0.2},
+    done("compress.quantize.ptq161", epochs=0, select=VQ["select"]),
+    reduces=True,
+  ),
   Row("compress.quantize.rtn", {"bits": 3, "group_size": 8}, {"bits": 4}, quantized),
+  Row(
+    "compress.quantize.smoothquant",
+    {"alpha": 0.8},
+    {"alpha": 0.5},
+    done("compress.quantize.smoothquant"),
+    reduces=True,
+  ),
   Row("compress.quantize.untie", still=True),
   Row(
     "compress.quantize.vptq",
@@ -388,6 +416,7 @@ FULL = {
   "merge.ties", "merge.tsv_merge",
 }  # fmt: skip
 LEARN = {
+  "compress.quantize.ptq161",
   "compress.quantize.decoupleq",
   "compress.distill.logits", "compress.prune.minitron", "compress.prune.ziplm",
   "compress.quantize.gradient_ptq",

@@ -24,6 +24,12 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/quantize/autoround_test.py",
     note="symmetric grids are those of compressed-tensors, not the ones of negative scales",
   ),
+  "compress.quantize.bias_correction": entries.Entry(
+    factory="treesurgeon.compress.quantize.bias_correction:bias_correction",
+    paper="Nagel et al., Data-free quantization through weight equalization and bias correction, "
+    "2019, arXiv 1906.04721",
+    oracle="tests/compress/quantize/bias_correction_test.py",
+  ),
   "compress.quantize.bitstack": entries.Entry(
     factory="treesurgeon.compress.quantize.bitstack:bitstack",
     paper="Wang et al., BitStack, 2024, arXiv 2410.23918",
@@ -52,6 +58,13 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.compress.quantize.dequantize:dequantize",
     paper="Nagel et al., A white paper on neural network quantization, 2021, arXiv 2106.08295",
     oracle="tests/compress/quantize/dequantize_test.py",
+  ),
+  "compress.quantize.equalize": entries.Entry(
+    factory="treesurgeon.compress.quantize.equalize:equalize",
+    paper="Nagel et al., Data-free quantization through weight equalization and bias correction, "
+    "2019, arXiv 1906.04721",
+    oracle="tests/compress/quantize/smoothquant_test.py",
+    note="kind='log' after Li et al., FPTQ, 2023, arXiv 2308.15987",
   ),
   "compress.quantize.finequant": entries.Entry(
     factory="treesurgeon.compress.quantize.finequant:finequant",
@@ -86,11 +99,23 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/quantize/hqq_test.py",
     note="gains over min-max what the package does; groups along the inputs",
   ),
+  "compress.quantize.ptq161": entries.Entry(
+    factory="treesurgeon.compress.quantize.ptq161:ptq161",
+    paper="Zhao et al., PTQ1.61, 2025, arXiv 2502.13179",
+    oracle="tests/compress/quantize/ptq161_test.py",
+    note="without the preprocessing, which trains adapters on the whole model first",
+  ),
   "compress.quantize.rtn": entries.Entry(
     factory="treesurgeon.compress.quantize.rtn:rtn",
     paper="Nagel et al., A white paper on neural network quantization, 2021, arXiv 2106.08295",
     oracle="tests/compress/quantize/rtn_test.py",
     note="scales by the rule of compressed-tensors",
+  ),
+  "compress.quantize.smoothquant": entries.Entry(
+    factory="treesurgeon.compress.quantize.smoothquant:smoothquant",
+    paper="Xiao et al., SmoothQuant, 2022, arXiv 2211.10438",
+    oracle="tests/compress/quantize/smoothquant_test.py",
+    note="keeps outputs to rounding; what follows it must quantize activations too",
   ),
   "compress.quantize.untie": entries.Entry(
     factory="treesurgeon.compress.quantize.untie:untie",
