@@ -18,14 +18,14 @@ class SignedLowRank(base.Compressed):
     a: (..., rows, rank), an array or a leaf.
     b: (..., rank, cols), likewise.
     order: (..., 1, 1) int32, the block's place among all of a model's: those of a higher one go
-      first when it must become smaller.
+      first when it must become smaller. None where it stands alone.
     store: name of the dtype of the dense value.
   """
 
   signs: base.Part
   a: base.Part
   b: base.Part
-  order: base.Part
+  order: base.Part = None
   store: str = "float32"
 
   @property
