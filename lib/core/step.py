@@ -257,7 +257,8 @@ def over_leaves(
         if not raw:
           w, given = leaves.map_leaves(leaves.dense, (w, given))
         static = {name: varied.at(v, some[0]) for name, v in hyper.items()}
-        made = compiled(fn, tuple(sorted(static.items())))(w, given)
+        call = compiled(fn, tuple(sorted(static.items())))
+        made = _naming(some[0], call, w, given)
         changes.update(zip(some, made, strict=True))
       return m.update(changes)
     for address in chosen:

@@ -66,19 +66,10 @@ def prune(
     >>> [round(float(x), 2) for x in prune(w, h, sparsity=0.5, damping=0.0)[:, 0]]
     [0.0, 1.8]
   """
-  rows = w.shape[0]
-  masks.check_rows(rows, pattern)
-  if bits is None:
-    out = _solve(w, h, sparsity, pattern, damping).astype(w.dtype)
-    return masks.pack_nonzero(out, pattern) if packed and pattern else out
-  group_size = grids.clamp_group(group_size, rows)
-  grid = grids.fit(w, bits=bits, group_size=group_size, symmetric=symmetric)
-  wide = grids.spread(grid, group_size=group_size, rows=rows)
-  out = _solve(w, h, sparsity, pattern, damping, wide, bits)
-  failed = ~jnp.isfinite(out).all()
-  grid = grid._replace(scales=jnp.where(failed, jnp.nan, grid.scales).astype(grid.scales.dtype))
-  codes = grids.round_to(out, wide, bits=bits)
-  return grids.tensor(codes, grid, bits=bits, group_size=group_size, store=w.dtype)
+  return _prune(
+    w, _factor(h, damping), sparsity=sparsity, pattern=pattern, packed=packed, bits=bits,
+    group_size=group_size, symmetric=symmetric,
+  )  # fmt: skip
 
 
 @step.method("compress.prune.sparsegpt")
@@ -131,32 +122,67 @@ def sparsegpt(
     "group_size": group_size, "symmetric": symmetric,
   }  # fmt: skip
   wants = {"hessian": needs.Statistic("second_moment")}
-  return step.over_leaves(_leaf, hyper=hyper, select=select, wants=wants, scope="block")
+  return step.over_leaves(
+    _leaves, hyper=hyper, select=select, wants=wants, shared="hessian", scope="block"
+  )
 
 
-def _leaf(w: Any, hessian: Any, **hyper: Any) -> Any:
-  return prune(w, hessian.moment, **hyper)
+def _leaves(
+  kernels: tuple[Any, ...], hessian: Any, *, damping: float, **hyper: Any
+) -> tuple[Any, ...]:
+  """Prune kernels with the same inputs, whose factor is computed once."""
+  factor = _factor(hessian.moment, damping)
+  return tuple(_prune(w, factor, **hyper) for w in kernels)
+
+
+def _factor(h: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
+  """Return U, and 1 / U_jj², which is 0 for inputs never active."""
+  h = h.astype(jnp.float32)
+  diagonal = jnp.diag(h)
+  seen, mean = diagonal > 0, diagonal.mean()
+  h = h + jnp.diag(jnp.where(seen, 0.0, jnp.where(mean > 0, mean, 1.0)))
+  upper, _ = linalg.inverse_factor(h, damping)
+  # Without any input all are alike.
+  return upper, jnp.where(seen | ~seen.any(), 1 / jnp.square(jnp.diag(upper)), 0.0)
+
+
+def _prune(
+  w: jax.Array,
+  factor: tuple[jax.Array, jax.Array],
+  *,
+  sparsity: float,
+  pattern: tuple[int, int] | None,
+  packed: bool,
+  bits: int | None,
+  group_size: int,
+  symmetric: bool,
+) -> Any:
+  rows = w.shape[0]
+  masks.check_rows(rows, pattern)
+  if bits is None:
+    out = _solve(w, factor, sparsity, pattern).astype(w.dtype)
+    return masks.pack_nonzero(out, pattern) if packed and pattern else out
+  group_size = grids.clamp_group(group_size, rows)
+  grid = grids.fit(w, bits=bits, group_size=group_size, symmetric=symmetric)
+  wide = grids.spread(grid, group_size=group_size, rows=rows)
+  out = _solve(w, factor, sparsity, pattern, wide, bits)
+  failed = ~jnp.isfinite(out).all()
+  grid = grid._replace(scales=jnp.where(failed, jnp.nan, grid.scales).astype(grid.scales.dtype))
+  codes = grids.round_to(out, wide, bits=bits)
+  return grids.tensor(codes, grid, bits=bits, group_size=group_size, store=w.dtype)
 
 
 def _solve(
   w: jax.Array,
-  h: jax.Array,
+  factor: tuple[jax.Array, jax.Array],
   sparsity: float,
   pattern: tuple[int, int] | None,
-  damping: float,
   wide: grids.Grid | None = None,
   bits: int = 0,
 ) -> jax.Array:
   """Go through the blocks of rows, each a loop over tiles, each a loop over rows."""
-  w, h = w.astype(jnp.float32), h.astype(jnp.float32)
-  rows = w.shape[0]
-  diagonal = jnp.diag(h)
-  seen = diagonal > 0
-  seen = seen | ~seen.any()  # without any input all are alike
-  mean = diagonal.mean()
-  h = h + jnp.diag(jnp.where(diagonal > 0, 0.0, jnp.where(mean > 0, mean, 1.0)))
-  upper, _ = linalg.inverse_factor(h, damping)
-  scale = jnp.where(seen, 1 / jnp.square(jnp.diag(upper)), 0.0)
+  upper, scale = factor
+  w, rows = w.astype(jnp.float32), w.shape[0]
   block = BLOCK if pattern is None else max(BLOCK // pattern[1], 1) * pattern[1]
 
   def cut(x: jax.Array, start: Any, size: int) -> jax.Array:
