@@ -158,6 +158,7 @@ ROWS = (
   ),
   Row("compress.prune.obert", {"block": 8}, {"sparsity": 0.0}, reduces=True),
   Row("compress.prune.shortgpt", {"drop": 1}, {"drop": 0}),
+  Row("compress.prune.slicegpt", {"slicing": 0.5}, {"slicing": 0.0}, reduces=True),
   Row("compress.prune.sparsegpt", neutral={"sparsity": 0.0}, reduces=True),
   Row("compress.prune.wanda", neutral={"sparsity": 0.0}),
   # The least that a model can be, which a dry run, ignorant of errors, finds too.
@@ -267,6 +268,7 @@ ROWS = (
     done("compress.quantize.vq4dit", **VQ, epochs=0),
     reduces=True,
   ),
+  Row("compress.quantize.vq_logits", {"clusters": 8, "select": VQ["select"]}, {"clusters": 64}),
   Row(
     "edit.rome",
     {"steps": 3, "contexts": 2},
@@ -418,7 +420,8 @@ FULL = {
 LEARN = {
   "compress.quantize.ptq161",
   "compress.quantize.decoupleq",
-  "compress.distill.logits", "compress.prune.minitron", "compress.prune.ziplm",
+  "compress.distill.logits", "compress.prune.minitron", "compress.prune.slicegpt",
+  "compress.prune.ziplm",
   "compress.quantize.gradient_ptq",
   "compress.quantize.flexround",
   "compress.quantize.autoround",

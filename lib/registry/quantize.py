@@ -135,4 +135,10 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/quantize/vq4dit_test.py",
     note="for any network; calibrates on hidden states of the data given, not of noise",
   ),
+  "compress.quantize.vq_logits": entries.Entry(
+    factory="treesurgeon.compress.quantize.vq_logits:vq_logits",
+    paper="Shao et al., VQ-Logits, 2025, arXiv 2505.10202",
+    oracle="tests/compress/quantize/vq_logits_test.py",
+    note="k-means alone, without the training that follows in the paper",
+  ),
 }
