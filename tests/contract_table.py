@@ -190,6 +190,13 @@ ROWS = (
     quantized,
     reduces=True,
   ),
+  Row(
+    "compress.quantize.awq",
+    {"bits": 3, "group_size": 8},
+    {"bits": 4},
+    done("compress.quantize.awq", bits=4, group_size=8),
+    reduces=True,
+  ),
   Row("compress.quantize.bias_correction", {}, {"strength": 0.0}, biased, reduces=True, count=1),
   Row("compress.quantize.bitstack", STACK, {"blocks": 2}, stacked, reduces=True),
   Row("compress.quantize.bitstack_cut", {"budget": 0.995}, {"budget": 1.0}, stacked, adapts=True),

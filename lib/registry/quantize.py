@@ -24,6 +24,12 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/quantize/autoround_test.py",
     note="symmetric grids are those of compressed-tensors, not the ones of negative scales",
   ),
+  "compress.quantize.awq": entries.Entry(
+    factory="treesurgeon.compress.quantize.awq:awq",
+    paper="Lin et al., AWQ, 2023, arXiv 2306.00978",
+    oracle="tests/compress/quantize/awq_test.py",
+    note="searches by exact output errors of the kernels, from second moments",
+  ),
   "compress.quantize.bias_correction": entries.Entry(
     factory="treesurgeon.compress.quantize.bias_correction:bias_correction",
     paper="Nagel et al., Data-free quantization through weight equalization and bias correction, "
