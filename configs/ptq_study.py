@@ -41,25 +41,25 @@ def methods(steps: int, learned: str) -> dict:
   def at(call: str, **rest: object) -> dict:
     return {"transform": quantize + call, "bits": BITS, "groups": GROUPS, "models": BOTH, **rest}
 
-  one = {"groups": (32,)}
-  few = {"bits": (4, 3, 2), "groups": (32,)}
+  one = {"groups": (32,), "models": ("decoder",)}
+  few = {"bits": (4, 3, 2), "groups": (32,), "encoder": {"bits": (3, 2)}}
+  low = {"bits": (3, 2), **one}
   return {
-    "RTN": at(f"rtn({FORM})"),
+    "RTN": at(f"rtn({FORM})", encoder={"groups": (32,)}),
     "RTN asym": at(f"rtn({FORM}, symmetric=False)", **few),
     "RTN mse": at(f"rtn({FORM}, mse=True)", **few),
-    "GPTQ": at(f"gptq({FORM})"),
-    "GPTQ act-order": at(f"gptq({FORM}, act_order=True)", **few),
-    "GPTQ asym": at(f"gptq({FORM}, symmetric=False)", **few),
-    "GPTQ asym act-order": at(f"gptq({FORM}, symmetric=False, act_order=True)", bits=(3, 2), **one),
+    "GPTQ": at(f"gptq({FORM})", encoder={"bits": (4, 3, 2), "groups": (32,)}),
+    "GPTQ act-order": at(f"gptq({FORM}, act_order=True)", **{**few, "encoder": {"bits": (3,)}}),
+    "GPTQ asym": at(f"gptq({FORM}, symmetric=False)", **{**few, "encoder": {"bits": (3,)}}),
+    "GPTQ asym act-order": at(f"gptq({FORM}, symmetric=False, act_order=True)", **low),
+    "HQQ": at("hqq(bits={bits}, group_size={group})", **{**few, "encoder": {"bits": (2,)}}),
+    "AdaDim": at("adadim(bits={bits}, group_size={group})", **low),
+    "FineQuant": at("finequant(bits={bits}, smallest={group})", bits=(4, 3), **one),
     "AutoRound": at(f"autoround({FORM}, steps={steps}, {learned})", **few),
-    "AutoRound asym": at(
-      f"autoround({FORM}, symmetric=False, steps={steps}, {learned})", bits=(3, 2), **one
-    ),
-    "AutoRound, kernel": at(f"autoround({FORM}, steps={steps}, per='kernel')", bits=(3, 2), **one),
+    "AutoRound asym": at(f"autoround({FORM}, symmetric=False, steps={steps}, {learned})", **low),
+    "AutoRound, kernel": at(f"autoround({FORM}, steps={steps}, per='kernel')", **low),
     "FlexRound": at(f"flexround({FORM}, steps={2 * steps}, {learned})", **few),
-    "FlexRound, kernel": at(
-      f"flexround({FORM}, steps={5 * steps}, per='kernel')", bits=(3, 2), **one
-    ),
+    "FlexRound, kernel": at(f"flexround({FORM}, steps={5 * steps}, per='kernel')", **low),
   }
 
 
@@ -122,7 +122,19 @@ def extra() -> list[dict]:
     "ASVD 50 %": "compress.low_rank.asvd(ratio=0.5)",
     "SVD-LLM 50 %": "compress.low_rank.svd_llm(ratio=0.5)",
   }
-  rows = [{"model": m, "label": k, "transform": t} for m in BOTH for k, t in cells.items()]
+  tables = {
+    "VPTQ, 64 vectors of 4": "compress.quantize.vptq(length=4, entries=64)",
+    "VPTQ, 256 vectors of 4": "compress.quantize.vptq(length=4, entries=256)",
+    "BitStack, 4 of rank 8": "compress.quantize.bitstack(blocks=4, rank=8)",
+    "BitStack, 8 of rank 8": "compress.quantize.bitstack(blocks=8, rank=8)",
+  }
+  rows = [
+    {"model": m, "label": k, "transform": t}
+    for m in BOTH
+    for k, t in cells.items()
+    if m == "decoder" or not k.startswith(("MX", "NV", "ASVD"))
+  ]
+  rows += [{"model": "decoder", "label": k, "transform": t} for k, t in tables.items()]
   own = {"donors": ("decoder",)}
   prune = "compress.prune.wanda(sparsity=0.5)"
   order = {
@@ -175,20 +187,24 @@ def claims() -> list[tuple]:
         "act-order helps GPTQ at 3 bits": ("GPTQ act-order 3b g32", "GPTQ 3b g32"),
         "asymmetric < symmetric, RTN 3 bits": ("RTN asym 3b g32", "RTN 3b g32"),
         "asymmetric < symmetric, GPTQ 3 bits": ("GPTQ asym 3b g32", "GPTQ 3b g32"),
-        "groups of 32 < 128, GPTQ 3 bits": ("GPTQ 3b g32", "GPTQ 3b g128"),
+        "groups of 32 < 128, RTN 3 bits": ("RTN 3b g32", "RTN 3b g128"),
         "AutoRound < RTN at 3 bits": ("AutoRound 3b g32", "RTN 3b g32"),
         "AutoRound < GPTQ at 2 bits": ("AutoRound 2b g32", "GPTQ 2b g32"),
         "FlexRound < RTN at 3 bits": ("FlexRound 3b g32", "RTN 3b g32"),
         "FlexRound < AutoRound at 2 bits": ("FlexRound 2b g32", "AutoRound 2b g32"),
+        "HQQ < RTN asym at 2 bits": ("HQQ 2b g32", "RTN asym 2b g32"),
         "NF4 < INT4, RTN": ("NF4 g32", "RTN 4b g32"),
-        "NVFP4 < MXFP4": ("NVFP4", "MXFP4"),
         "SparseGPT < Wanda at 50 %": ("SparseGPT 50 %", "Wanda 50 %"),
         "Wanda < magnitude at 50 %": ("Wanda 50 %", "magnitude 50 %"),
         "50 % anywhere < 2:4, Wanda": ("Wanda 50 %", "Wanda 2:4"),
         "50 % anywhere < 2:4, SparseGPT": ("SparseGPT 50 %", "SparseGPT 2:4"),
-        "SVD-LLM < ASVD at half the numbers": ("SVD-LLM 50 %", "ASVD 50 %"),
-        "ASVD < SVD at half the numbers": ("ASVD 50 %", "SVD 50 %"),
+        "SVD-LLM < SVD at half the numbers": ("SVD-LLM 50 %", "SVD 50 %"),
       }
+      if model == "decoder":
+        pairs |= {
+          "NVFP4 < MXFP4": ("NVFP4", "MXFP4"),
+          "ASVD < SVD at half the numbers": ("ASVD 50 %", "SVD 50 %"),
+        }
       out += [(f"{n}, {by}", model, less(*pair), metric) for n, pair in pairs.items()]
     for b in (4, 3):
       wide = (*less(f"RTN {b}b g32", f"GPTQ {b}b g32"),
@@ -234,10 +250,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   both = ("code", "prose")
   llama = {"family": "llama", "d_model": 128, "num_layers": 4, "num_heads": 4, "d_ff": 352,
            "max_positions": 256}  # fmt: skip
-  bert = {**BERT, "d_model": 128, "num_layers": 4, "num_heads": 4, "d_ff": 512,
+  bert = {**BERT, "d_model": 128, "num_layers": 2, "num_heads": 4, "d_ff": 512,
           "max_positions": 128}  # fmt: skip
   decoder = {"spec": llama, "steps": 1500, "batch": 32, "lr": 3e-3, "domains": both}
-  encoder = {"spec": bert, "steps": 3000, "batch": 32, "lr": 1e-3, "domains": both}
+  encoder = {"spec": bert, "steps": 2000, "batch": 32, "lr": 2e-3, "domains": both}
   tuned = {"base": "decoder", "steps": 200, "batch": 16, "lr": 5e-4}
   steps, learned, facts = 200, "batch=8", "quick"
   if arg == "gpu":
@@ -256,7 +272,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     tuned |= {"steps": 2, "batch": 4}
     steps, learned, facts = 2, "batch=4", "smoke"
   named = methods(steps, learned)
-  cells = extra() + factors(2 * steps, learned)
+  cells = extra() + factors(steps, learned)
   if arg == "smoke":  # one width of each
     named = {n: {**m, "bits": m["bits"][-1:], "groups": m["groups"][:1]} for n, m in named.items()}
   edited = facts_config.get_config(facts).to_dict()

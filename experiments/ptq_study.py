@@ -53,8 +53,9 @@ def main(argv: list[str]) -> None:
   for i, cell in enumerate(wanted):
     if "failed" in done.get(cell["key"], {"failed": ""}):
       print(f"{i + 1}/{len(wanted)} {cell['model']}: {cell['transform']}", flush=True)
-      made = labs.setdefault(cell["model"], Lab(workdir, config, cell["model"])).run(cell)
-      done[cell["key"]] = made
+      if cell["model"] not in labs:
+        labs[cell["model"]] = Lab(workdir, config, cell["model"])
+      made = done[cell["key"]] = labs[cell["model"]].run(cell)
       with path.open("a") as file:
         file.write(json.dumps(made) + "\n")
   results = [done[c["key"]] for c in wanted]
@@ -66,7 +67,8 @@ def cells(config: Mapping[str, Any]) -> list[Cell]:
 
   Args:
     config: "methods": name to "transform" with places for {bits} and {group}, the "bits" and
-      "groups" to fill in, and the "models"; "extra": single cells; "edits".
+      "groups" to fill in, and the "models", for any of which the two may differ, under its name;
+      "extra": single cells; "edits".
 
   Returns:
     Cells with a "label" that is unique in its model, and a "key" of all that matters.
@@ -83,8 +85,9 @@ def cells(config: Mapping[str, Any]) -> list[Cell]:
   found: list[Cell] = []
   for name, method in config["methods"].items():
     for model in method["models"]:
-      for group in method.get("groups", (None,)):
-        for bits in method.get("bits", (None,)):
+      own = {**method, **method.get(model, {})}
+      for group in own.get("groups", (None,)):
+        for bits in own.get("bits", (None,)):
           label = name + (f" {bits}b" if bits else "") + (f" g{group}" if group else "")
           text = method["transform"].format(bits=bits, group=group)
           found.append({"model": model, "label": label, "method": name, "group": group,
@@ -95,9 +98,10 @@ def cells(config: Mapping[str, Any]) -> list[Cell]:
       {"model": "facts", "label": label, "method": label, "group": None, "transform": text}
       for label, text in config["edits"]["after"].items()
     ]
+  order = [*config["models"], "facts"]
   seen: set[tuple[str, str]] = set()
   for cell in found:
-    if cell["model"] not in {*config["models"], "facts"}:
+    if cell["model"] not in order:
       known = ", ".join(config["models"])
       raise ValueError(f"{cell['label']}: there is no model {cell['model']!r}; there are {known}")
     if (cell["model"], cell["label"]) in seen:
@@ -107,7 +111,7 @@ def cells(config: Mapping[str, Any]) -> list[Cell]:
             "edits": config["edits"] and config["edits"]["facts"]}  # fmt: skip
     text = json.dumps(told, sort_keys=True, default=list)
     cell["key"] = hashlib.sha256(text.encode()).hexdigest()[:16]
-  return found
+  return sorted(found, key=lambda c: order.index(c["model"]))
 
 
 def read(path: pathlib.Path) -> dict[str, Cell]:
