@@ -58,6 +58,7 @@ EXTRAS = {
   "test": TEST + TPU,
   "dev": [*TEST, *TPU, "pre-commit>=4.0", "pyright[nodejs]>=1.1.400", "ruff>=0.12"],
   "eval": ["lm-eval>=0.4.9", "scikit-learn>=1.5"],
+  "gguf": ["gguf>=0.19"],
   "tpu": TPU,
   # Other people's implementations, used as oracles by tests/peers and never by the library.
   "peers": [
@@ -67,6 +68,7 @@ EXTRAS = {
     # the others and runs on this one: the Makefile installs it without its requirements.
     "defuser==0.0.28",
     "device-smi==0.5.7",
+    "gguf==0.19.0",
     "logbar==0.4.15",
     "mergekit==0.1.5",
     "optimum==2.3.0",

@@ -5,8 +5,8 @@
 
 hf: every leaf dense, a directory that transformers loads. compressed-tensors, gptq, gptq_v2, awq:
 the quantized layers as vLLM and transformers read them, codes bit for bit, one leaf at a time;
-what a format cannot hold is refused, with what would fit. orbax: a checkpoint for JAX trainers.
-peft: the low-rank adapters alone.
+what a format cannot hold is refused, with what would fit. gguf: one file for ggml, symmetric 4- and
+8-bit layers code for code. orbax: a checkpoint for JAX trainers. peft: the low-rank adapters alone.
 
 Quantize first, `treesurgeon apply --transform='compress.quantize.gptq(bits=4)'`, symmetric (the
 default) where transformers is to load the result: its version 5.23 reads asymmetric
@@ -18,9 +18,9 @@ from absl import flags
 from treesurgeon.adapt import adapters, peft
 from treesurgeon.cli import apply, main
 from treesurgeon.core import model as model_lib
-from treesurgeon.io import checkpoint, export, layouts, loading, orbax, staging
+from treesurgeon.io import checkpoint, export, gguf, layouts, loading, orbax, staging
 
-FORMATS = ("hf", *layouts.NAMES, "orbax", "peft")
+FORMATS = ("hf", *layouts.NAMES, "gguf", "orbax", "peft")
 
 
 def define(values: flags.FlagValues, argv: list[str]) -> None:
@@ -36,7 +36,7 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
   flags.DEFINE_enum(
     "format", "hf", FORMATS,
     "What to write: dense (hf), quantized for vLLM and transformers (compressed-tensors, gptq, "
-    "gptq_v2, awq), for JAX trainers (orbax), or the adapters alone (peft).",
+    "gptq_v2, awq) or ggml (gguf), for JAX trainers (orbax), or the adapters alone (peft).",
     flag_values=values,
   )  # fmt: skip
 
@@ -52,8 +52,8 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
     raise ValueError(f"export takes no positional argument, not {args[0]!r}; use --model=DIR")
   main.required(values, "model", "out")
   staging.check_output(values.out, values.overwrite)
-  if values.format in layouts.NAMES:
-    _layout(values)
+  if values.format in (*layouts.NAMES, "gguf"):
+    _quantized(values)
     return
   model = loading.load(values.model)
   if values.format == "hf":
@@ -68,12 +68,17 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
   print(f"wrote {values.out}")
 
 
-def _layout(values: flags.FlagValues) -> None:
+def _quantized(values: flags.FlagValues) -> None:
   source = checkpoint.Checkpoint(values.model)
-  report = export.to_layout(
-    source, values.out, layout=values.format, overwrite=values.overwrite,
-    max_shard_bytes=values.max_shard_bytes, tokenizer_from=values.model, records=source.lineage,
-  )  # fmt: skip
+  shared = {
+    "overwrite": values.overwrite, "tokenizer_from": values.model, "records": source.lineage,
+  }  # fmt: skip
+  if values.format == "gguf":
+    report = gguf.save(source, values.out, **shared)
+  else:
+    report = export.to_layout(
+      source, values.out, layout=values.format, max_shard_bytes=values.max_shard_bytes, **shared
+    )
   print(
     f"wrote {values.out}: {report.nbytes:,} bytes of weights, {report.bits:.2f} bits a weight; "
     f"{report.layers} quantized layers, {report.layer_bits:.3f} bits a weight with their scales"

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import sys
 
 import pytest
 
@@ -117,7 +118,7 @@ def test_export_writes_a_dense_directory(directories, tmp_path, fails):
   assert main.run(["export", model, f"--out={tmp_path / 'orbax'}", "--format=orbax"]) == 0
 
 
-def test_export_writes_what_other_tools_quantize(directories, tmp_path, fails, capsys):
+def test_export_writes_what_other_tools_quantize(directories, tmp_path, fails, capsys, monkeypatch):
   packed, out = tmp_path / "packed", tmp_path / "out"
   rtn = "--transform=compress.quantize.rtn(bits=4, group_size=8)"
   assert main.run(["apply", f"--model={directories / 'base'}", f"--out={packed}", rtn]) == 0
@@ -134,6 +135,9 @@ def test_export_writes_what_other_tools_quantize(directories, tmp_path, fails, c
   assert "no layer of the model is quantized; apply compress.quantize.rtn" in said
   assert main.run(["inspect", f"--model={out}"]) == 0
   assert "int4 g8" in capsys.readouterr().out
+  monkeypatch.setitem(sys.modules, "gguf", None)
+  said = fails("export", f"--model={packed}", f"--out={tmp_path / 'p'}", "--format=gguf")
+  assert "--format=gguf needs the gguf package: pip install 'treesurgeon[gguf]'" in said
 
 
 def test_a_dry_run_prints_the_tree_and_writes_nothing(directories, tmp_path, capsys):
