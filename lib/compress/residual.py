@@ -76,7 +76,7 @@ def fold_norms(m: model_lib.Model) -> model_lib.Model:
   return m.replace(spec=new, params=params)
 
 
-def rotate(m: model_lib.Model, q: Float[Array, "dim dim"]) -> model_lib.Model:
+def rotate(m: model_lib.Model, q: Float[Array, "dim new"]) -> model_lib.Model:
   """Write the residual stream in another basis: hidden states h become h Q.
 
   Args:
@@ -129,6 +129,8 @@ def check(m: model_lib.Model) -> None:
       f"a norm {where} cannot be folded into the kernels behind it; valid: norm_place='pre' and no "
       "norm of the embeddings"
     )
+  if spec.shortcuts:
+    raise ValueError("a stream with shortcut matrices changes its basis already (SliceGPT)")
   if spec.mlm_head or spec.pooler:
     raise ValueError("the heads of an encoder read the stream too; valid: a decoder")
   if spec.norm == "layer" and not spec.final_norm:

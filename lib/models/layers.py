@@ -201,20 +201,23 @@ class Block(nn.Module):
     before = s.norm_place in ("pre", "sandwich")
     after = s.norm_place in ("post", "sandwich")
     h = tap("in", h)
+    skip = Linear(s.d_model, name="attn_skip") if s.shortcuts else lambda h: h
     x = Norm(s, name="attn_norm")(h) if before else h
     a, cache = Attention(s, name="attn")(
       x, tap, layer=layer, positions=positions, mask=mask, cache=cache, start=start
     )
     if s.parallel:
       x = x if s.shared_norm else Norm(s, name="mlp_norm")(h)
-      h = h + a + Mlp(s, name="mlp")(x, tap, layer=layer)
+      h = skip(h) + a + Mlp(s, name="mlp")(x, tap, layer=layer)
       return tap("out", h), cache
-    h = h + (Norm(s, name="post_attn_norm")(a) if after else a)
+    h = skip(h) + (Norm(s, name="post_attn_norm")(a) if after else a)
     if s.norm_place == "residual":
       h = Norm(s, name="post_attn_norm")(h)
+    h = tap("mid", h)
+    skip = Linear(s.d_model, name="mlp_skip") if s.shortcuts else skip
     x = Norm(s, name="mlp_norm")(h) if before else h
     m = Mlp(s, name="mlp")(x, tap, layer=layer)
-    h = h + (Norm(s, name="post_mlp_norm")(m) if after else m)
+    h = skip(h) + (Norm(s, name="post_mlp_norm")(m) if after else m)
     if s.norm_place == "residual":
       h = Norm(s, name="post_mlp_norm")(h)
     return tap("out", h), cache

@@ -126,6 +126,8 @@ def layer_shapes(spec: specs.Spec, layer: int) -> dict[str, tuple[int, ...]]:
     table["attn/q_norm/scale"] = (q if full else spec.head_dim,)
     table["attn/k_norm/scale"] = (kv if full else spec.head_dim,)
   table |= _linear("attn/o", q, d, spec.o_bias)
+  if spec.shortcuts:
+    table |= _linear("attn_skip", d, d, False)
   if spec.norm_place != "pre":
     table |= _norm(spec, "post_attn_norm")
   if before and not spec.shared_norm:
@@ -133,6 +135,8 @@ def layer_shapes(spec: specs.Spec, layer: int) -> dict[str, tuple[int, ...]]:
   for name in ("gate", "up") if spec.gated else ("up",):
     table |= _linear(f"mlp/{name}", d, width, spec.mlp_bias)
   table |= _linear("mlp/down", width, d, spec.mlp_bias)
+  if spec.shortcuts and not spec.parallel:
+    table |= _linear("mlp_skip", d, d, False)
   if spec.norm_place != "pre":
     table |= _norm(spec, "post_mlp_norm")
   return table
@@ -189,6 +193,8 @@ def _draw(
   shape_all = (len(where), *shape)
   if last == "bias":
     return jnp.zeros(shape_all, dtype)
+  if where[0].endswith("_skip/kernel"):
+    return jnp.broadcast_to(jnp.eye(shape[0], dtype=dtype)[None], shape_all)
   if last == "scale":
     return jnp.full(shape_all, 0.0 if spec.norm_plus_one else 1.0, dtype)
   writes = where[0].endswith(("attn/o/kernel", "mlp/down/kernel"))

@@ -67,6 +67,7 @@ class Spec:
     final_norm: whether a norm precedes the head.
     parallel: attention and feed-forward read the same stream (GPT-J, NeoX).
     shared_norm: with `parallel`, one norm feeds both (GPT-J).
+    shortcuts: multiply the stream by a matrix where a branch is added to it (SliceGPT).
     qk_norm: RMS norm of queries and keys, per "head" or over the "full" width (OLMo2).
     qkv_bias, o_bias, mlp_bias: biases of the linear layers.
     gated: gate/up/down feed-forward; otherwise up/down.
@@ -123,6 +124,7 @@ class Spec:
   final_norm: bool = True
   parallel: bool = False
   shared_norm: bool = False
+  shortcuts: bool = False
   qk_norm: str = "none"
   qkv_bias: bool = False
   o_bias: bool = False
@@ -283,6 +285,8 @@ def _check_relations(spec: Spec) -> None:
       )
   if spec.parallel and spec.norm_place != "pre":
     raise ValueError(f"Spec.parallel needs norm_place='pre'; got {spec.norm_place!r}")
+  if spec.shortcuts and spec.norm_place != "pre":
+    raise ValueError(f"Spec.shortcuts needs norm_place='pre'; got {spec.norm_place!r}")
   if spec.shared_norm and not spec.parallel:
     raise ValueError("Spec.shared_norm needs parallel=True")
   if spec.kind == "decoder" and (spec.mlm_head or spec.pooler or spec.num_types):

@@ -27,6 +27,7 @@ BLOCK_TAPS = (
   "mlp/out",
   "out",
 )
+# Besides these "mid", the stream between the branches, where they are not parallel.
 OUTER_TAPS = ("embed/out", "lm_head/in")
 
 _FEEDS = {
@@ -37,6 +38,8 @@ _FEEDS = {
   "mlp/gate": "mlp/in",
   "mlp/up": "mlp/in",
   "mlp/down": "mlp/down/in",
+  "attn_skip": "in",
+  "mlp_skip": "mid",
   "dense": "dense/in",
   "conv": "conv/in",
 }

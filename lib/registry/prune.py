@@ -58,6 +58,13 @@ TABLE: dict[str, entries.Entry] = {
     "expect, 2024, arXiv 2403.03853",
     oracle="tests/compress/prune/structure_test.py",
   ),
+  "compress.prune.slicegpt": entries.Entry(
+    factory="treesurgeon.compress.prune.slicegpt:slicegpt",
+    paper="Ashkboos et al., SliceGPT: Compress large language models by deleting rows and columns, "
+    "2024, arXiv 2401.15024",
+    oracle="tests/compress/prune/slicegpt_test.py",
+    note="without shortcuts one turn serves all blocks and the family's config holds the result",
+  ),
   "compress.prune.sparsegpt": entries.Entry(
     factory="treesurgeon.compress.prune.sparsegpt:sparsegpt",
     paper="Frantar and Alistarh, SparseGPT: Massive language models can be accurately pruned in "

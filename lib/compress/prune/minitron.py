@@ -238,6 +238,8 @@ def _check(spec: models.Spec, targets: Mapping[str, int]) -> None:
         f"heads={keep} and kv_heads={keep_kv}: every key/value head serves equally many heads, up "
         f"to {count // groups}"
       )
+  if "d_model" in targets and spec.shortcuts:
+    raise ValueError("d_model: a stream with shortcut matrices has a basis in every block")
   if "d_model" in targets and spec.kind != "decoder":
     raise ValueError("d_model: the channels of an encoder's heads cannot be cut; valid: a decoder")
 
