@@ -232,6 +232,13 @@ ROWS = (
   ),
   Row("compress.quantize.gptq", {"bits": 3, "group_size": 8}, {"bits": 4}, quantized, reduces=True),
   Row(
+    "compress.quantize.gqsa",
+    {"group": 8, "bits": 3, "epochs": 1, "rate": 1e-5, "scale_rate": 1e-6, "select": VQ["select"]},
+    {"bits": 4},
+    done("compress.quantize.gqsa", group=8, epochs=0, select=VQ["select"]),
+    reduces=True,
+  ),
+  Row(
     "compress.quantize.gradient_ptq",
     {"bits": 3, "group_size": 8, "steps": 2, "per": "kernel"},
     {"bits": 4},
@@ -258,6 +265,13 @@ ROWS = (
     {"alpha": 0.8},
     {"alpha": 0.5},
     done("compress.quantize.smoothquant"),
+    reduces=True,
+  ),
+  Row(
+    "compress.quantize.tune_scales",
+    {"steps": 2, "rate": 1e-5},
+    {"steps": 0},
+    quantized,
     reduces=True,
   ),
   Row("compress.quantize.untie", still=True),
@@ -425,6 +439,8 @@ FULL = {
   "merge.ties", "merge.tsv_merge",
 }  # fmt: skip
 LEARN = {
+  "compress.quantize.tune_scales",
+  "compress.quantize.gqsa",
   "compress.quantize.ptq161",
   "compress.quantize.decoupleq",
   "compress.distill.logits", "compress.prune.minitron", "compress.prune.slicegpt",

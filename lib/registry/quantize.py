@@ -93,6 +93,12 @@ TABLE: dict[str, entries.Entry] = {
     note="better than RTN at 4, 3 and 2 bits in three seeds; codes agree with llm-compressor's, "
     "tests/peers/gptq_test.py",
   ),
+  "compress.quantize.gqsa": entries.Entry(
+    factory="treesurgeon.compress.quantize.gqsa:gqsa",
+    paper="Zeng et al., GQSA, 2024, arXiv 2412.17560",
+    oracle="tests/compress/quantize/gqsa_test.py",
+    note="as many groups of every output; end to end by tune_scales",
+  ),
   "compress.quantize.gradient_ptq": entries.Entry(
     factory="treesurgeon.compress.quantize.gradient_ptq:gradient_ptq",
     paper="Yvinec et al., Gradient-based post-training quantization, 2023, arXiv 2308.07662",
@@ -122,6 +128,12 @@ TABLE: dict[str, entries.Entry] = {
     paper="Xiao et al., SmoothQuant, 2022, arXiv 2211.10438",
     oracle="tests/compress/quantize/smoothquant_test.py",
     note="keeps outputs to rounding; what follows it must quantize activations too",
+  ),
+  "compress.quantize.tune_scales": entries.Entry(
+    factory="treesurgeon.compress.quantize.tune_scales:tune_scales",
+    paper="Zeng et al., GQSA, 2024, arXiv 2412.17560",
+    oracle="tests/compress/quantize/tune_scales_test.py",
+    note="for any compressed leaf: scales, tables, thin factors",
   ),
   "compress.quantize.untie": entries.Entry(
     factory="treesurgeon.compress.quantize.untie:untie",

@@ -126,7 +126,9 @@ def parts(leaf: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]
     [[2.0]]
   """
   arrays, structure = jax.tree.flatten(leaf)
-  learned = [i for i, a in enumerate(arrays) if jnp.issubdtype(a.dtype, jnp.floating)]
+  # 8-bit floats are codes, or exponents, which no small step changes.
+  wide = [jnp.issubdtype(a.dtype, jnp.floating) and a.dtype.itemsize > 1 for a in arrays]
+  learned = [i for i, yes in enumerate(wide) if yes]
 
   def put(values: list[jax.Array]) -> Any:
     new = list(arrays)
