@@ -2,9 +2,11 @@
 """Write a model as one GGUF file, through the `gguf` package (`pip install 'treesurgeon[gguf]'`).
 
 Symmetric 4- and 8-bit leaves whose groups are multiples of 32 rows are Q4_0 and Q8_0 code for code;
-a scale, rounded to float16, is repeated for every 32 rows. Other compressed leaves become dense and
-are quantized by `gguf` itself to Q8_0; dense ones stay as they are, vectors in float32. A q or k
-of the llama family is stored with the two halves of every head interleaved, as ggml's rotary
+a scale, rounded to float16, is repeated for every 32 rows. Asymmetric 4-bit ones become Q4_K where
+256 divides their rows: its scales and minima have 6 bits under two float16 for every 256 rows, so
+the leaf's own are rounded and its values rounded to them anew. Other compressed leaves become dense
+and are quantized by `gguf` itself to Q8_0; dense ones stay as they are, vectors in float32. A q or
+k of the llama family is stored with the two halves of every head interleaved, as ggml's rotary
 embedding expects. The vocabulary is not in the file.
 
 Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -25,7 +27,7 @@ from treesurgeon.io.layouts import modules
 from treesurgeon.models import hf
 
 FILE = "model.gguf"
-BLOCK = 32
+BLOCK, SUPER = 32, 256
 # Family: ggml's architecture, and whether its q and k are interleaved.
 _FAMILIES = {
   "llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False),
@@ -135,9 +137,9 @@ def _plan(source: needs.Source, entry: hf.Entry, places: Any) -> _Tensor:
     )  # fmt: skip
   if isinstance(leaf, leaves.SparseTensor) or shape[-1] % BLOCK:
     return _Tensor(name, entry, "F32", shape)
-  kind = {4: "Q4_0", 8: "Q8_0"}[leaf.bits] if _exact(leaf) else "Q8_0"
-  each = {"Q4_0": 18, "Q8_0": 34}[kind]
-  return _Tensor(name, entry, kind, (*shape[:-1], shape[-1] // BLOCK * each))
+  kind = "Q4_0" if _exact(leaf) and leaf.bits == 4 else "Q4_K" if _nearly(leaf) else "Q8_0"
+  size, each = {"Q4_0": (BLOCK, 18), "Q8_0": (BLOCK, 34), "Q4_K": (SUPER, 144)}[kind]
+  return _Tensor(name, entry, kind, (*shape[:-1], shape[-1] // size * each))
 
 
 def _exact(leaf: Any) -> bool:
@@ -150,6 +152,14 @@ def _exact(leaf: Any) -> bool:
   return grouped and leaf.zeros is None and leaf.group_index is None and leaf.group_cols == 1
 
 
+def _nearly(leaf: Any) -> bool:
+  """Tell whether a leaf is of the form of Q4_K but for the precision of its scales."""
+  form = isinstance(leaf, leaves.QuantizedTensor) and leaf.plain and leaf.group_index is None
+  if not form or leaf.bits != 4 or leaf.zeros is None or leaf.rows % SUPER:
+    return False
+  return leaf.group_size % BLOCK == 0 and leaf.zeros.dtype == jnp.uint8
+
+
 def _data(gguf: Any, source: needs.Source, tensor: _Tensor) -> np.ndarray:
   """Read one tensor's leaf and make the bytes of it."""
   spec, address = source.spec, tensor.entry.address[0]
@@ -157,6 +167,8 @@ def _data(gguf: Any, source: needs.Source, tensor: _Tensor) -> np.ndarray:
   order = _order(spec, address)
   if leaves.is_leaf(leaf) and _exact(leaf) and tensor.kind != "F32":
     return _blocks(leaf, address, order)
+  if tensor.kind == "Q4_K":
+    return _super(leaf, address, order)
   array = modules.dense(leaf) if leaves.is_leaf(leaf) else np.asarray(leaf)
   array = hf.to_tensor(spec, tensor.entry, {address: array})
   array = np.ascontiguousarray(array if order is None else array[order])
@@ -193,6 +205,36 @@ def _blocks(leaf: leaves.QuantizedTensor, address: str, order: np.ndarray | None
     body = codes ^ np.uint8(0x80)
   blocks = np.concatenate([half[..., None].view(np.uint8), body], axis=-1)
   blocks = blocks.reshape(leaf.cols, -1)
+  return np.ascontiguousarray(blocks if order is None else blocks[order])
+
+
+def _super(leaf: leaves.QuantizedTensor, address: str, order: np.ndarray | None) -> np.ndarray:
+  """Round a leaf to ggml's superblocks of 8 blocks of 32, uint8 (outputs, bytes)."""
+  w = modules.dense(leaf).astype(np.float32).T
+  w = w.reshape(leaf.cols, -1, SUPER // BLOCK, BLOCK)
+  scales = np.asarray(leaf.scales).astype(np.float32)
+  own = (scales, scales * np.asarray(leaf.zeros).astype(np.float32))  # w = scale * code - minimum
+  wide, units, six = [], [], []
+  for group in own:
+    each = np.repeat(group, -(-leaf.group_size // BLOCK), 0)[: leaf.rows // BLOCK]
+    each = each.T.reshape(leaf.cols, -1, SUPER // BLOCK)
+    with np.errstate(over="ignore"):
+      unit = (each.max(-1, keepdims=True) / 63).astype(np.float16)
+    if not np.isfinite(unit).all():
+      raise modules.refuse(address, leaf, "its scales are beyond float16, which ggml stores")
+    step = np.where(unit == 0, 1, unit).astype(np.float32)
+    code = np.clip(np.round(each / step), 0, 63).astype(np.uint8)
+    units.append(unit.view(np.uint8))
+    six.append(code)
+    wide.append((code * unit.astype(np.float32))[..., None])
+  steps = (w + wide[1]) / np.where(wide[0] == 0, 1, wide[0])
+  codes = np.clip(np.round(steps), 0, 15).astype(np.uint8)
+  pairs = codes.reshape(*codes.shape[:2], SUPER // BLOCK // 2, 2, BLOCK)
+  body = (pairs[..., 0, :] | pairs[..., 1, :] << 4).reshape(*codes.shape[:2], -1)
+  # Six-bit numbers: the first four whole, with the upper bits of the last four above them.
+  (s, t), (m, n) = (np.split(x, 2, axis=-1) for x in six)
+  packed = [s | t >> 4 << 6, m | n >> 4 << 6, (t & 15) | (n & 15) << 4]
+  blocks = np.concatenate([*units, *packed, body], axis=-1).reshape(leaf.cols, -1)
   return np.ascontiguousarray(blocks if order is None else blocks[order])
 
 
@@ -233,12 +275,20 @@ def _report(
 ) -> export.Report:
   chosen = [t for t in plan if t.kind.startswith("Q")]
   structs = {t.name: source.struct(t.entry.address[0]) for t in plan}
-  again = [t.entry.address[0] for t in plan if leaves.is_leaf(structs[t.name])
-           and not _exact(structs[t.name])]  # fmt: skip
+  packed = {t: leaf for t in plan if leaves.is_leaf(leaf := structs[t.name])}
+  near = [t.entry.address[0] for t in packed if t.kind == "Q4_K"]
+  again = [
+    t.entry.address[0] for t, leaf in packed.items() if t.kind != "Q4_K" and not _exact(leaf)
+  ]
   notes = [
     "no vocabulary is in the file: transformers reads it with gguf_file='model.gguf', llama.cpp "
     "runs it on token ids only", "scales are stored in float16",
   ]  # fmt: skip
+  if near:
+    notes.append(
+      f"{len(near)} asymmetric 4-bit leaves, {near[0]} the first, became Q4_K: their scales and "
+      "minima were rounded to 6 bits, their values to these"
+    )
   if again:
     notes.append(
       f"{len(again)} leaves that no block of ggml holds, {again[0]} the first, were made dense and "

@@ -16,7 +16,7 @@ from treesurgeon.run import drivers
 
 transformers.logging.set_verbosity_error()
 SIZES = {
-  "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+  "vocab_size": 64, "hidden_size": 256, "intermediate_size": 96, "num_hidden_layers": 2,
   "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 16))
@@ -24,6 +24,7 @@ CASES = {
   "dense": ("Llama", None, {"F32"}, 1e-4),
   "q4_0": ("Llama", "rtn(bits=4, group_size=32)", {"F32", "Q4_0"}, 0.005),
   "q8_0_channel": ("Qwen2", "rtn(bits=8, group_size=-1)", {"F32", "Q8_0"}, 0.005),
+  "q4_k": ("Llama", "rtn(bits=4, group_size=32, symmetric=False)", {"F32", "Q4_K", "Q8_0"}, 0.5),
   "other": ("Llama", "rtn(bits=3, group_size=32)", {"F32", "Q8_0"}, 0.05),
 }
 
@@ -50,8 +51,17 @@ def test_transformers_computes_what_we_do(tmp_path, name):
   held = {t.name: t for t in gguf.GGUFReader(tmp_path / "out" / ours.FILE).tensors}
   assert {t.tensor_type.name for t in held.values()} == kinds
   assert sum(t.n_bytes for t in held.values()) == report.nbytes
-  assert any("quantized to Q8_0 by gguf" in n for n in report.notes) == (name == "other")
-  if transform and name != "other":
+  again = any("quantized to Q8_0 by gguf" in n for n in report.notes)
+  assert again == (name in ("other", "q4_k"))  # 256 does not divide the rows of mlp/down
+  if name == "q4_k":
+    up = held["blk.0.ffn_up.weight"]
+    dense = gguf.quants.dequantize(up.data, up.tensor_type).T
+    leaf = model.leaf("layers/0/mlp/up/kernel")
+    step = np.repeat(np.asarray(leaf.scales), 32, 0)
+    # Half a step of the codes, and half of the 6-bit steps of scale and minimum (15 codes of each).
+    assert (np.abs(dense - leaf.dense()) < 0.8 * step.max()).all()
+    assert np.abs(dense - leaf.dense()).mean() < 0.15 * step.mean()
+  elif transform and name != "other":
     up = held["blk.0.ffn_up.weight"]
     dense = gguf.quants.dequantize(up.data, up.tensor_type)
     leaf = model.leaf("layers/0/mlp/up/kernel")
