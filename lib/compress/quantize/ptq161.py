@@ -32,7 +32,7 @@ BITS = 4
 
 def start(
   w: Float[Array, "rows cols"], activations: Float[Array, " rows"], *, salient: float = 0.2
-) -> tuple[dict[str, jax.Array], Callable[[Mapping[str, jax.Array]], Any]]:
+) -> tuple[dict[str, jax.Array], Callable[..., Any]]:
   """Quantize a matrix with the scales that need no learning.
 
   Args:
@@ -59,7 +59,7 @@ def start(
   signs = packing.pack((rest >= mean).astype(jnp.uint8), bits=1)
   first = None
   if few:
-    form = {"bits": BITS, "group_size": few}
+    form: dict[str, Any] = {"bits": BITS, "group_size": few}
     codes, grid = rtn.quantize(w[kept], **form, symmetric=False)
     first = grids.tensor(codes, grid, **form, store=w.dtype)
   mask = packing.pack(jnp.zeros((rows, 1), jnp.uint8).at[kept].set(1), bits=1)

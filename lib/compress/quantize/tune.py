@@ -96,7 +96,7 @@ def block(
 
   def stretch(state: tuple, bounds: tuple) -> tuple[tuple, None]:
     x, moments, best, least = state
-    x, moments = jax.lax.fori_loop(*bounds, one, (x, moments))
+    x, moments = jax.lax.fori_loop(bounds[0], bounds[1], one, (x, moments))
     now = whole(x) / unit
     best = jax.tree.map(lambda new, old: jnp.where(now < least, new, old), x, best)
     return (x, moments, best, jnp.minimum(now, least)), None

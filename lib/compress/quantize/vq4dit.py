@@ -183,7 +183,7 @@ def _block(
 
   def undecided(x: Mapping[str, Any]) -> jax.Array:
     ratios = [jax.nn.softmax(p["logits"], axis=0) for p in x.values()]
-    distance = sum(jnp.sum(1 - jnp.abs(2 * r - 1)) for r in ratios)
+    distance = jnp.stack([jnp.sum(1 - jnp.abs(2 * r - 1)) for r in ratios]).sum()
     return weight * distance / sum(r.size for r in ratios)
 
   names = {n: {"table": "table", "logits": "logits"} for n in start}
@@ -208,4 +208,5 @@ def _leaf(table: jax.Array, candidates: jax.Array, logits: jax.Array, w: jax.Arr
   index = jnp.take_along_axis(candidates, likeliest, axis=0)[0]
   bits = max(1, (len(table) - 1).bit_length())
   codes = packing.pack(index.astype(jnp.uint8 if bits <= 8 else jnp.uint16), bits=bits)
-  return leaves.Codebook(codes, table.astype(w.dtype), *w.shape, bits, table.shape[1])
+  rows, cols = w.shape
+  return leaves.Codebook(codes, table.astype(w.dtype), rows, cols, bits, table.shape[1])
