@@ -187,7 +187,6 @@ def claims() -> list[tuple]:
         "act-order helps GPTQ at 3 bits": ("GPTQ act-order 3b g32", "GPTQ 3b g32"),
         "asymmetric < symmetric, RTN 3 bits": ("RTN asym 3b g32", "RTN 3b g32"),
         "asymmetric < symmetric, GPTQ 3 bits": ("GPTQ asym 3b g32", "GPTQ 3b g32"),
-        "groups of 32 < 128, RTN 3 bits": ("RTN 3b g32", "RTN 3b g128"),
         "AutoRound < RTN at 3 bits": ("AutoRound 3b g32", "RTN 3b g32"),
         "AutoRound < GPTQ at 2 bits": ("AutoRound 2b g32", "GPTQ 2b g32"),
         "FlexRound < RTN at 3 bits": ("FlexRound 3b g32", "RTN 3b g32"),
@@ -202,6 +201,7 @@ def claims() -> list[tuple]:
       }
       if model == "decoder":
         pairs |= {
+          "groups of 32 < 128, RTN 3 bits": ("RTN 3b g32", "RTN 3b g128"),
           "NVFP4 < MXFP4": ("NVFP4", "MXFP4"),
           "ASVD < SVD at half the numbers": ("ASVD 50 %", "SVD 50 %"),
         }
