@@ -22,11 +22,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from treesurgeon import models
-from treesurgeon.core import leaves as leaves_lib
-from treesurgeon.core import model, needs, paths, step
 
 Leaves = Mapping[str, Any]
-SNAP = 1e-4  # scales so near to 1 are 1: what is scaled already stays as it is, to the bit
 
 
 class Feed(NamedTuple):
@@ -163,59 +160,6 @@ def fold(
   return {name: x.astype(leaves[name].dtype) for name, x in changed.items()}
 
 
-def over_feeds(
-  fn: Callable[..., jax.Array],
-  *,
-  hyper: Mapping[str, Any],
-  wants: Mapping[str, str],
-  kinds: Callable[[Feed], bool],
-  select: str | None,
-) -> step.Step:
-  """Lift a function that finds scales to a step that folds them, and so changes no output.
-
-  Args:
-    fn: `fn(reads, writes, **evidence, **hyper)` -> scales, one a channel; both are {name: array}
-      and the evidence is one value a channel, the largest where inputs share it.
-    hyper: keyword arguments of `fn`, hashable.
-    wants: name to fold of statistics of the inputs, `stats.PerFeature`.
-    kinds: which feeds.
-    select: which kernels, a regular expression; None is every kernel inside the layers.
-
-  Returns:
-    The step. A feed's kernels must be selected together.
-  """
-  pattern = step.both(select or step.BLOCK_KERNELS, step.BLOCK_KERNELS)
-
-  def apply(m: model.Model, evidence: needs.Evidence, key: jax.Array) -> model.Model:
-    del key
-    changes: dict[str, Any] = {}
-    for layer in layers_of([a for a in m.addresses() if re.fullmatch(pattern, a)]):
-      at = f"layers/{layer}/"
-      feeds = [f for f in of_layer(m.spec, layer) if kinds(f)]
-      if not feeds:
-        raise ValueError(f"{at}: no scale can be folded here; see `compress.feeds`")
-      for feed in feeds:
-        if not selected(feed, at, pattern):
-          continue
-        names = dict.fromkeys((*feed.writes, *feed.reads))
-        held = {n: changes.get(at + n, m.leaf(at + n)) for n in names}
-        packed = [n for n, x in held.items() if leaves_lib.is_leaf(x)]
-        if packed:
-          raise ValueError(f"{at}{packed[0]} is compressed; fold scales before compressing")
-        given = {n: evidence[n][at + feed.reads[0]].value for n in wants}
-        bound = {"fn": fn, "feed": feed, "plus_one": bool(getattr(m.spec, "norm_plus_one", False))}
-        call = step.compiled(_scaled, tuple(sorted({**hyper, **bound}.items())))
-        changes |= {at + n: x for n, x in call(held, given).items()}
-    return m.update(changes)
-
-  def units(names: Sequence[str]) -> step.Units:
-    chosen = layers_of(paths.select([n for n in names if n.endswith("kernel")], pattern))
-    return [tuple(n for n in names if n.startswith(f"layers/{i}/")) for i in chosen]
-
-  asked = {n: needs.Statistic(fold, select=pattern) for n, fold in wants.items()}
-  return step.Step(asked, apply, "block", {}, units)
-
-
 def layers_of(addresses: Sequence[str]) -> list[int]:
   """List the layers that addresses lie in.
 
@@ -257,13 +201,3 @@ def selected(feed: Feed, at: str, pattern: str) -> bool:
       f"{', '.join(at + n for n in feed.reads)}"
     )
   return all(hits)
-
-
-def _scaled(
-  leaves: Leaves, *, fn: Callable[..., jax.Array], feed: Feed, plus_one: bool, **more: Any
-) -> dict[str, jax.Array]:
-  given = {n: pool(feed, x) if isinstance(x, jax.Array) else x for n, x in more.items()}
-  own = [{n: leaves[n].astype(jnp.float32) for n in some} for some in (feed.reads, feed.writes)]
-  s = fn(*own, feed=feed, **given)
-  s = jnp.where((jnp.abs(s - 1) < SNAP) | ~jnp.isfinite(s) | (s <= 0), 1.0, s)
-  return fold(feed, leaves, s, plus_one=plus_one)

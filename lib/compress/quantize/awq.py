@@ -16,18 +16,19 @@ the error is that of the kernels' own outputs, not of what attention and the gat
 Value heads that several query heads share are scaled too, by the mean of their magnitudes.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from treesurgeon.compress import feeds
+from treesurgeon.compress import feeds as feeds_lib
+from treesurgeon.compress import over_feeds
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.compress.quantize import rtn
-from treesurgeon.core import leaves, model, needs, paths, step
+from treesurgeon.core import leaves, step
 
 POINTS = 20  # of the search for a, and steps into which clipping divides the range
 LEAST = 0.5  # no group is clipped to less
@@ -40,7 +41,7 @@ def scale(
   *,
   form: Mapping[str, Any],
   duo_scaling: bool = True,
-  feed: feeds.Feed | None = None,
+  feed: feeds_lib.Feed | None = None,
 ) -> Float[Array, " channels"]:
   """Search for the scales of a kernel's inputs.
 
@@ -61,9 +62,9 @@ def scale(
     >>> bool(s[1] > 2 * s[0])
     True
   """
-  feed = feed or feeds.Feed((), (), False)
+  feed = feed or feeds_lib.Feed((), (), False)
   w, h = w.astype(jnp.float32), h.astype(jnp.float32)
-  share = feeds.pool(feed, _relative(w, form["group_size"]), jnp.mean)
+  share = feeds_lib.pool(feed, _relative(w, form["group_size"]), jnp.mean)
 
   def candidate(i: jax.Array) -> jax.Array:
     if not duo_scaling:
@@ -77,7 +78,7 @@ def scale(
 
   def better(i: jax.Array, state: tuple) -> tuple:
     s = candidate(i)
-    wide = feeds.spread(feed, s)[:, None]
+    wide = feeds_lib.spread(feed, s)[:, None]
     wrong = _nearest(w * wide, form) / wide - w
     error = (jnp.matmul(h, wrong, precision="highest") * wrong).sum()
     pick = error < state[1]
@@ -164,74 +165,42 @@ def awq(
   """
   form = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
   grids.check(**form)
-  pattern = step.both(select or step.BLOCK_KERNELS, step.BLOCK_KERNELS)
-  wants = {
-    "hessian": needs.Statistic("second_moment", select=pattern),
-    "magnitudes": needs.Statistic("sum_magnitudes", select=pattern),
-  }
-
-  def apply(m: model.Model, evidence: needs.Evidence, key: jax.Array) -> model.Model:
-    del key
-    changes: dict[str, Any] = {}
-    held = m.addresses()
-    for layer in feeds.layers_of([a for a in held if re.fullmatch(pattern, a)]):
-      at = f"layers/{layer}/"
-      own = {a.removeprefix(at): m.leaf(a) for a in held if a.startswith(at)}
-      todo = [n for n, x in own.items() if re.fullmatch(pattern, at + n)]
-      todo = tuple(n for n in todo if not grids.already(own[n], **form))
-      if not todo:
-        continue
-      own = {n: leaves.dense(x) if n in todo else x for n, x in own.items()}
-      able = [
-        f
-        for f in feeds.of_layer(m.spec, layer)
-        if feeds.selected(f, at, pattern)
-        and not any(map(leaves.is_leaf, (own[n] for n in f[0] + f[1])))
-      ]
-      alone = [n for n in todo if not any(n in f.reads for f in able)]
-      firsts = [*(f.reads[0] for f in able), *alone]
-      given = {k: {n: evidence[k][at + n] for n in firsts} for k in wants}
-      hyper = {
-        "form": tuple(form.items()), "feeds_": tuple(able), "todo": todo, "clipping": clip,
-        "duo_scaling": duo_scaling, "plus_one": bool(getattr(m.spec, "norm_plus_one", False)),
-      }  # fmt: skip
-      used = dict.fromkeys([*todo, *(n for f in able for n in f.writes)])
-      out = step.compiled(_layer, tuple(sorted(hyper.items())))({n: own[n] for n in used}, given)
-      changes |= {at + n: x for n, x in out.items()}
-    return m.update(changes)
-
-  def units(names: Sequence[str]) -> step.Units:
-    chosen = feeds.layers_of(paths.select([n for n in names if n.endswith("kernel")], pattern))
-    return [tuple(n for n in names if n.startswith(f"layers/{i}/")) for i in chosen]
-
-  return step.Step(wants, apply, "block", {}, units)
+  hyper = {"form": tuple(form.items()), "clipping": clip, "duo_scaling": duo_scaling}
+  return over_feeds.over_layers(
+    _layer,
+    hyper=hyper,
+    wants={"hessian": "second_moment", "magnitudes": "sum_magnitudes"},
+    select=select,
+    done=functools.partial(grids.already, **form),
+  )
 
 
 def _layer(
   own: Mapping[str, Any],
   *,
+  feeds: tuple[feeds_lib.Feed, ...],
   hessian: Mapping[str, Any],
   magnitudes: Mapping[str, Any],
   form: tuple[tuple[str, Any], ...],
-  feeds_: tuple[feeds.Feed, ...],
   todo: tuple[str, ...],
   clipping: bool,
   duo_scaling: bool,
   plus_one: bool,
 ) -> dict[str, Any]:
   """Scale, clip and round the kernels of one layer."""
-  now, moments = dict(own), {}
+  now: dict[str, Any] = {n: leaves.dense(x) for n, x in own.items()}
+  moments: dict[str, Any] = {}
 
   def sized(rows: int) -> dict[str, Any]:
     return {**dict(form), "group_size": grids.clamp_group(dict(form)["group_size"], rows)}
 
-  for feed in feeds_:
+  for feed in feeds:
     whole = jnp.concatenate([now[n] for n in feed.reads], axis=1)
-    x = feeds.pool(feed, magnitudes[feed.reads[0]].mean(), jnp.mean)
+    x = feeds_lib.pool(feed, magnitudes[feed.reads[0]].mean(), jnp.mean)
     h = hessian[feed.reads[0]].mean()
     s = scale(whole, h, x, form=sized(len(h)), duo_scaling=duo_scaling, feed=feed)
-    now |= feeds.fold(feed, now, s, plus_one=plus_one)
-    wide = feeds.spread(feed, s)
+    now |= feeds_lib.fold(feed, now, s, plus_one=plus_one)
+    wide = feeds_lib.spread(feed, s)
     moments |= dict.fromkeys(feed.reads, h / wide[:, None] / wide[None, :])
   for name in todo:
     w, how = now[name], sized(now[name].shape[0])

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from treesurgeon.compress import feeds
+from treesurgeon.compress import feeds, over_feeds
 from treesurgeon.core import step
 
 KINDS = ("cross", "log")
@@ -83,7 +83,7 @@ def equalize(*, kind: str = "cross", select: str | None = None) -> step.Step:
     raise ValueError(f"kind={kind!r}: valid are {', '.join(KINDS)}")
   wants = {"x_max": "absmax"} if kind == "log" else {}
   fn, kinds = (_log, _norms) if kind == "log" else (_cross, _linears)
-  return feeds.over_feeds(fn, hyper={}, wants=wants, kinds=kinds, select=select)
+  return over_feeds.over_feeds(fn, hyper={}, wants=wants, kinds=kinds, select=select)
 
 
 def _cross(

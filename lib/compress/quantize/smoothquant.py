@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from treesurgeon.compress import feeds
+from treesurgeon.compress import feeds, over_feeds
 from treesurgeon.core import step
 
 
@@ -73,7 +73,7 @@ def smoothquant(
   """
   if not 0 <= alpha <= 1:
     raise ValueError(f"alpha={alpha}: valid is 0 (all range stays) to 1 (all moves into weights)")
-  return feeds.over_feeds(
+  return over_feeds.over_feeds(
     _scales,
     hyper={"alpha": alpha},
     wants={"absmax": "absmax"},
