@@ -127,6 +127,12 @@ def adapted(m: model.Model) -> model.Model:
 ROWS = (
   Row("adapt.lora", {"rank": 4}),
   Row("adapt.merge", prepare=adapted, reduces=True),
+  Row(
+    "compress.low_rank.pela",
+    {"rank": 4, "steps": 2, "rate": 1e-6},
+    {"rank": 16, "steps": 0},
+    reduces=True,
+  ),
   Row("compress.prune.d_pruner", neutral={"sparsity": 0.0}),
   Row("compress.prune.ecoflap", neutral={"sparsity": 0.0}),
   Row(
@@ -443,7 +449,8 @@ LEARN = {
   "compress.quantize.gqsa",
   "compress.quantize.ptq161",
   "compress.quantize.decoupleq",
-  "compress.distill.logits", "compress.prune.minitron", "compress.prune.slicegpt",
+  "compress.distill.logits", "compress.low_rank.pela",
+  "compress.prune.minitron", "compress.prune.slicegpt",
   "compress.prune.ziplm",
   "compress.quantize.gradient_ptq",
   "compress.quantize.flexround",

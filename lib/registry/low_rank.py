@@ -25,6 +25,13 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/low_rank/low_rank_test.py",
     note="behind any quantizer; the original model is a donor",
   ),
+  "compress.low_rank.pela": entries.Entry(
+    factory="treesurgeon.compress.low_rank.pela:pela",
+    paper="Guo et al., PELA: Learning parameter-efficient models with low-rank approximation, "
+    "2023, arXiv 2310.10700",
+    oracle="tests/compress/low_rank/pela_test.py",
+    note="a constant rate; the task loss is the batches' cross entropy",
+  ),
   "compress.low_rank.svd": entries.Entry(
     factory="treesurgeon.compress.low_rank.svd:svd",
     paper="Eckart and Young, The approximation of one matrix by another of lower rank, 1936, "
