@@ -6,6 +6,7 @@ stored as they are, 0.005 where GPTQ and AWQ round them to float16. 8-bit intege
 more: a token's largest input lies half way between two codes, so one bit of the input decides.
 """
 
+import dataclasses
 import os
 import pathlib
 import runpy
@@ -112,6 +113,19 @@ def test_mixed_widths(dense, tmp_path):
     quantized = drivers.run(registry.parse(one), quantized)
   assert quantized.leaf("layers/1/mlp/up/kernel").bits == 8
   check(quantized, tmp_path / "out", CT, {}, 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_order_of_inputs(dense, tmp_path):
+  rtn = "compress.quantize.rtn(bits=4, group_size=32)"
+  model = drivers.run(registry.parse(rtn), io.load(dense / "Llama"))
+  chosen = [a for a in model.addresses() if leaves.is_leaf(model.leaf(a))]
+  changes = {}
+  for address in chosen:
+    leaf = model.leaf(address)
+    index = np.random.default_rng(leaf.rows).permutation(leaf.rows).astype(np.int32)[None] // 32
+    changes[address] = dataclasses.replace(leaf, group_index=jnp.asarray(index))
+  check(model.update(changes), tmp_path / "out", "gptq", GPTQ, 0.005)
 
 
 @pytest.mark.filterwarnings("ignore")
