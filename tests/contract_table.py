@@ -128,6 +128,13 @@ ROWS = (
   Row("adapt.lora", {"rank": 4}),
   Row("adapt.merge", prepare=adapted, reduces=True),
   Row(
+    "compress.low_rank.lq_lora",
+    {"rank": 2, "group_size": 8},
+    {"bits": 3},
+    done("compress.low_rank.lq_lora", rank=2, bits=3, group_size=8),
+    reduces=True,
+  ),
+  Row(
     "compress.low_rank.pela",
     {"rank": 4, "steps": 2, "rate": 1e-6},
     {"rank": 16, "steps": 0},
@@ -173,6 +180,12 @@ ROWS = (
     {"speedup": 4.5, "search": 0},
     {"speedup": 1.0},
     reduces=True,
+  ),
+  Row(
+    "compress.quantize.activations",
+    {"bits": 6},
+    {"bits": 8},
+    done("compress.quantize.activations", bits=8),
   ),
   Row(
     "compress.quantize.adadim",

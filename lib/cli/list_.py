@@ -38,4 +38,6 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
     out.add_column(column, overflow="fold")
   for name in sorted(registry.TABLE):
     out.add_row(name, registry.summary(name), registry.TABLE[name].paper)
+  for name, recipe in registry.RECIPES.items():
+    out.add_row(name, f"{recipe.summary} Stands for {recipe.expression}", recipe.paper)
   console.Console().print(out)

@@ -81,13 +81,14 @@ def over_layers(
       at = f"layers/{layer}/"
       own = {a.removeprefix(at): m.leaf(a) for a in held if a.startswith(at)}
       todo = [n for n, x in own.items() if re.fullmatch(pattern, at + n) and not done(x)]
+      free = {n for n, x in own.items() if n in todo or not leaves_lib.is_leaf(x)}
       feeds = [
         f
         for f in feeds_lib.of_layer(m.spec, layer)
-        if kinds(f) and feeds_lib.selected(f, at, pattern)
-      ]
-      feeds = [
-        f for f in feeds if set(f.reads) <= set(todo) and not any(done(own[n]) for n in f[1])
+        if kinds(f)
+        and feeds_lib.selected(f, at, pattern)
+        and set(f.reads) <= set(todo)
+        and free.issuperset(f.writes)
       ]
       if not todo:
         continue

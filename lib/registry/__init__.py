@@ -9,11 +9,13 @@ from treesurgeon.registry.architectures import ARCHITECTURES
 from treesurgeon.registry.entries import Architecture, Entry, Procedure
 from treesurgeon.registry.parsing import load, parse, summary
 from treesurgeon.registry.procedures import PROCEDURES
+from treesurgeon.registry.recipes import RECIPES
 from treesurgeon.registry.table import TABLE
 
 __all__ = [
   "ARCHITECTURES",
   "PROCEDURES",
+  "RECIPES",
   "TABLE",
   "Architecture",
   "Entry",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from treesurgeon.core import step
-from treesurgeon.registry import table
+from treesurgeon.registry import recipes, table
 
 
 def parse(expression: str) -> step.Transform:
@@ -16,7 +16,8 @@ def parse(expression: str) -> step.Transform:
 
   Args:
     expression: like `compress.prune.wanda(sparsity=0.5) + compress.quantize.gptq(bits=4)`;
-      `by_path([(regex, transform), ...])` and `chain(a, b)` may nest.
+      `by_path([(regex, transform), ...])` and `chain(a, b)` may nest; a recipe's name stands for
+      its chain.
 
   Returns:
     The transform.
@@ -54,7 +55,7 @@ def load(name: str) -> Callable[..., step.Transform]:
     (compress.quantize.rtn(bits=3),)
   """
   if name not in table.TABLE:
-    near = difflib.get_close_matches(name, table.TABLE, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name, [*table.TABLE, *recipes.RECIPES], n=3, cutoff=0.4)
     raise ValueError(f"unknown transform {name!r}; did you mean {', '.join(near or table.TABLE)}?")
   module, function = table.TABLE[name].factory.split(":")
   return getattr(importlib.import_module(module), function)
@@ -86,6 +87,11 @@ def _build(node: ast.expr, source: str) -> step.Transform:
       return step.by_path([_rule(r, source) for r in rules])
     case ast.Call(args=[]):
       name = _dotted(node.func, source)
+      if name in recipes.RECIPES:
+        chain = recipes.RECIPES[name].expression
+        if node.keywords:
+          raise ValueError(f"{name} is a recipe and takes no arguments; write out {chain}")
+        return parse(chain)
       factory = load(name)
       arguments: dict[str, Any] = {}
       for k in node.keywords:

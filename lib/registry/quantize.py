@@ -4,6 +4,12 @@
 from treesurgeon.registry import entries
 
 TABLE: dict[str, entries.Entry] = {
+  "compress.quantize.activations": entries.Entry(
+    factory="treesurgeon.compress.quantize.activations:activations",
+    paper="Yao et al., ZeroQuant, 2022, arXiv 2206.01861",
+    oracle="tests/compress/quantize/activations_test.py",
+    note="int or floats, by token or tensor, dynamic or static; recipes w8a8_int, w8a8_fp",
+  ),
   "compress.quantize.adadim": entries.Entry(
     factory="treesurgeon.compress.quantize.adadim:adadim",
     paper="Heo et al., Rethinking channel dimensions to isolate outliers, ICLR 2024, "
