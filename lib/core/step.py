@@ -448,7 +448,7 @@ def over_blocks(
     changes = {}
     for name, held in gather(m.addresses()).items():
       w = {r: m.leaf(a) for r, a in held.items()}
-      given = {n: {r: evidence[n][a] for r, a in held.items()} for n in others}
+      given: dict[str, Any] = {n: {r: evidence[n][a] for r, a in held.items()} for n in others}
       if not raw:
         w, given = leaves.map_leaves(leaves.dense, (w, given))
       if random:

@@ -137,15 +137,15 @@ def require(one: step.Step, materials: Materials) -> None:
   """
   for need in one.needs.values():
     if isinstance(need, needs.Statistic | needs.Batches | needs.Blocks):
-      theirs = not isinstance(need, needs.Blocks) and need.of != "model"
-      own = materials.donor_batches if theirs else ()
+      of = "model" if isinstance(need, needs.Blocks) else need.of
+      own = materials.donor_batches if of != "model" else ()
       for i, batches in enumerate(own or [materials.batches]):
-        whose = "" if not own else f" for donor {i}" if need.of == "donors" else f" in set {i}"
+        whose = "" if not own else f" for donor {i}" if of == "donors" else f" in set {i}"
         if iter(batches) is batches:
           raise ValueError(f"{one!r}: calibration batches are read more than once; give a list")
         if hasattr(batches, "__len__") and not len(batches):  # pyright: ignore[reportArgumentType]
           raise ValueError(f"{one!r} needs calibration text{whose} and none was given")
-      if theirs and (count := _donor_count(one, materials)):
+      if of != "model" and (count := _donor_count(one, materials)):
         donors_lib.deal(materials.batches, own, count)
     elif isinstance(need, needs.Donors):
       if need.models and materials.open_model is None:
@@ -205,9 +205,10 @@ def brought(one: step.Step, need: needs.Need, base: needs.Source, materials: Mat
     if need.path and materials.read_requests is not None:
       return list(materials.read_requests(need.path))
     return list(materials.requests or ())
-  if need.of == "donors" and materials.donor_batches:
+  donors = isinstance(need, needs.Batches) and need.of == "donors"
+  if donors and materials.donor_batches:
     return tuple(materials.donor_batches)
-  return (materials.batches,) if need.of == "donors" else materials.batches
+  return (materials.batches,) if donors else materials.batches
 
 
 def sources(one: step.Step, base: needs.Source, materials: Materials) -> list[needs.Source]:
