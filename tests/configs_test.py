@@ -14,8 +14,10 @@ LAUNCHERS = {
   "directions": "directions",
   "facts": "train_facts",
   "merge_bench": "merge_bench",
+  "prune": "prune_directions",
   "ptq_study": "ptq_study",
   "quickstart": "run",
+  "vq": "vq_directions",
 }
 
 
