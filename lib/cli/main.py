@@ -6,13 +6,16 @@ with a traceback and status 1. `--debug` shows the traceback of the former too.
 """
 
 import difflib
+import functools
 import gc
 import importlib
 import os
 import pathlib
 import sys
 import types
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -62,7 +65,9 @@ def run(argv: list[str]) -> int:
   debug = any(a in ("--debug", "-debug", "--debug=true") for a in rest)
   try:
     positional = _parse(values, command, rest)
-    module.run(values, positional)
+    with warnings.catch_warnings():
+      warnings.showwarning = functools.partial(_warn, warnings.showwarning)
+      module.run(values, positional)
   except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -133,6 +138,16 @@ def _module(command: str) -> types.ModuleType:
   finally:
     gc.freeze()
     gc.enable()
+
+
+def _warn(
+  others: Callable[..., None], message: Warning | str, category: type[Warning], *rest: Any
+) -> None:
+  """Show a warning to the user of a command in one line; those to programmers as they come."""
+  if category is UserWarning:
+    print(f"treesurgeon: warning: {' '.join(str(message).split())}", file=sys.stderr)
+  else:
+    others(message, category, *rest)
 
 
 def _fail(message: str) -> int:

@@ -200,6 +200,17 @@ def test_bad_calibration_texts_are_told(directories, tmp_path, fails):
   )
 
 
+@pytest.mark.filterwarnings("always")
+def test_too_few_tokens_are_told_in_one_line(directories, tmp_path, text, capsys):
+  args = [f"--model={directories / 'base'}", f"--calibration={text}", "--samples=1", "--length=8"]
+  assert apply(*args, f"--out={tmp_path / 'out'}", f"--transform={GPTQ}") == 0
+  said = capsys.readouterr().err
+  told = (
+    "layers/0/mlp/down/kernel: 8 calibration tokens for 16 input features, so the second moment"
+  )
+  assert said.startswith(f"treesurgeon: warning: {told}") and said.count("\n") == 1, said
+
+
 def test_an_output_that_exists_is_kept(directories, tmp_path, fails):
   out = tmp_path / "out"
   args = [f"--model={directories / 'base'}", f"--out={out}"]
