@@ -127,6 +127,17 @@ def adapted(m: model.Model) -> model.Model:
 ROWS = (
   Row("adapt.lora", {"rank": 4}),
   Row("adapt.merge", prepare=adapted, reduces=True),
+  # A rate so small that rounding, which Adam turns into whole steps, stays within the tolerance.
+  Row(
+    "compress.distill.logits",
+    {"steps": 2, "rate": 1e-5},
+    {"steps": 0},
+    count=1,
+    reduces=True,
+  ),
+  Row("compress.low_rank.asvd", {"rank": 4}, {"rank": 16}, reduces=True),
+  Row("compress.low_rank.eora", {"rank": 2}, {"rank": 0}, quantized, count=1, reduces=True),
+  Row("compress.low_rank.lorc", {"rank": 2}, {"rank": 0}, quantized, count=1, reduces=True),
   Row(
     "compress.low_rank.lq_lora",
     {"rank": 2, "group_size": 8},
@@ -140,6 +151,8 @@ ROWS = (
     {"rank": 16, "steps": 0},
     reduces=True,
   ),
+  Row("compress.low_rank.svd", {"rank": 4}, {"rank": 16}, reduces=True),
+  Row("compress.low_rank.svd_llm", {"rank": 4}, {"rank": 16}, reduces=True),
   Row("compress.prune.d_pruner", neutral={"sparsity": 0.0}),
   Row("compress.prune.ecoflap", neutral={"sparsity": 0.0}),
   Row(
@@ -148,19 +161,6 @@ ROWS = (
     {"sparsity": 0.0, "steps": 0},
     reduces=True,
   ),
-  # A rate so small that rounding, which Adam turns into whole steps, stays within the tolerance.
-  Row(
-    "compress.distill.logits",
-    {"steps": 2, "rate": 1e-5},
-    {"steps": 0},
-    count=1,
-    reduces=True,
-  ),
-  Row("compress.low_rank.asvd", {"rank": 4}, {"rank": 16}, reduces=True),
-  Row("compress.low_rank.eora", {"rank": 2}, {"rank": 0}, quantized, count=1, reduces=True),
-  Row("compress.low_rank.lorc", {"rank": 2}, {"rank": 0}, quantized, count=1, reduces=True),
-  Row("compress.low_rank.svd", {"rank": 4}, {"rank": 16}, reduces=True),
-  Row("compress.low_rank.svd_llm", {"rank": 4}, {"rank": 16}, reduces=True),
   Row("compress.prune.layer_drop", {"layers": (0,)}, {"layers": ()}),
   Row("compress.prune.magnitude", neutral={"sparsity": 0.0}),
   Row(

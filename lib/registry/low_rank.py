@@ -25,6 +25,13 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/low_rank/low_rank_test.py",
     note="behind any quantizer; the original model is a donor",
   ),
+  "compress.low_rank.lq_lora": entries.Entry(
+    factory="treesurgeon.compress.low_rank.lq_lora:lq_lora",
+    paper="Guo et al., LQ-LoRA: Low-rank plus quantized matrix decomposition for efficient "
+    "language model finetuning, 2023, arXiv 2311.12023",
+    oracle="tests/compress/low_rank/lq_lora_test.py",
+    note="apply --budget chooses each kernel's configuration",
+  ),
   "compress.low_rank.pela": entries.Entry(
     factory="treesurgeon.compress.low_rank.pela:pela",
     paper="Guo et al., PELA: Learning parameter-efficient models with low-rank approximation, "
