@@ -196,6 +196,13 @@ ROWS = (
     adapts=True,
   ),
   Row(
+    "compress.quantize.agile_quant",
+    {"group_size": 8, "act_bits": 6},
+    {"act_bits": 8},
+    done("compress.quantize.agile_quant", group_size=8),
+    reduces=True,
+  ),
+  Row(
     "compress.quantize.aqlm",
     {**VQ, "length": 2, "tables": 2, "epochs": 1, "rate": 1e-6},
     {"length": 4, "tables": 1, "epochs": 0},
@@ -269,6 +276,13 @@ ROWS = (
     {"bits": 3, "group_size": 8},
     {"bits": 4},
     done("compress.quantize.hqq", bits=4, group_size=8),
+    reduces=True,
+  ),
+  Row(
+    "compress.quantize.outliertune",
+    {"bits": 6},
+    {"bits": 8},
+    done("compress.quantize.outliertune"),
     reduces=True,
   ),
   Row(

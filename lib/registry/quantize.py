@@ -17,6 +17,12 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/quantize/adadim_test.py",
     note="chooses by the output of each kernel by itself",
   ),
+  "compress.quantize.agile_quant": entries.Entry(
+    factory="treesurgeon.compress.quantize.agile_quant:agile_quant",
+    paper="Shen et al., Agile-Quant, 2023, arXiv 2312.05693",
+    oracle="tests/compress/quantize/outliertune_test.py",
+    note="what lives in kernels: TRIP factors, W4, A8 or A4; no token pruning, no log2 softmax",
+  ),
   "compress.quantize.aqlm": entries.Entry(
     factory="treesurgeon.compress.quantize.aqlm:aqlm",
     paper="Egiazarian et al., AQLM, 2024, arXiv 2401.06118",
@@ -116,6 +122,12 @@ TABLE: dict[str, entries.Entry] = {
     paper="Badri and Shaji, Half-quadratic quantization of large machine learning models, 2023",
     oracle="tests/compress/quantize/hqq_test.py",
     note="gains over min-max what the package does; groups along the inputs",
+  ),
+  "compress.quantize.outliertune": entries.Entry(
+    factory="treesurgeon.compress.quantize.outliertune:outliertune",
+    paper="Wang et al., OutlierTune, 2024, arXiv 2406.18832",
+    oracle="tests/compress/quantize/outliertune_test.py",
+    note="from the abstract and formulas; scaled about zero where there are no biases",
   ),
   "compress.quantize.ptq161": entries.Entry(
     factory="treesurgeon.compress.quantize.ptq161:ptq161",
