@@ -34,7 +34,8 @@ def methods(steps: int, learned: str) -> dict:
     learned: further arguments of what learns.
 
   Returns:
-    Name to "transform", "bits", "groups", "models"; "rotated" where kernels are not comparable.
+    Name to "transform", "bits", "groups", "models"; "rotated" where kernels are not comparable,
+    "slow" where it comes last.
   """
   quantize = "compress.quantize."
 
@@ -43,7 +44,7 @@ def methods(steps: int, learned: str) -> dict:
 
   one = {"groups": (32,), "models": ("decoder",)}
   few = {"bits": (4, 3, 2), "groups": (32,), "encoder": {"bits": (3, 2)}}
-  low = {"bits": (3, 2), **one}
+  low, slow = {"bits": (3, 2), **one}, {"slow": True}
   return {
     "RTN": at(f"rtn({FORM})", encoder={"groups": (32,)}),
     "RTN asym": at(f"rtn({FORM}, symmetric=False)", **few),
@@ -55,11 +56,13 @@ def methods(steps: int, learned: str) -> dict:
     "HQQ": at("hqq(bits={bits}, group_size={group})", **{**few, "encoder": {"bits": (2,)}}),
     "AdaDim": at("adadim(bits={bits}, group_size={group})", **low),
     "FineQuant": at("finequant(bits={bits}, smallest={group})", bits=(4, 3), **one),
-    "AutoRound": at(f"autoround({FORM}, steps={steps}, {learned})", **few),
-    "AutoRound asym": at(f"autoround({FORM}, symmetric=False, steps={steps}, {learned})", **low),
-    "AutoRound, kernel": at(f"autoround({FORM}, steps={steps}, per='kernel')", **low),
-    "FlexRound": at(f"flexround({FORM}, steps={2 * steps}, {learned})", **few),
-    "FlexRound, kernel": at(f"flexround({FORM}, steps={5 * steps}, per='kernel')", **low),
+    "AutoRound": at(f"autoround({FORM}, steps={steps}, {learned})", **slow, **few),
+    "AutoRound asym": at(
+      f"autoround({FORM}, symmetric=False, steps={steps}, {learned})", **slow, **low
+    ),
+    "AutoRound, kernel": at(f"autoround({FORM}, steps={steps}, per='kernel')", **slow, **low),
+    "FlexRound": at(f"flexround({FORM}, steps={2 * steps}, {learned})", **slow, **few),
+    "FlexRound, kernel": at(f"flexround({FORM}, steps={5 * steps}, per='kernel')", **slow, **low),
   }
 
 

@@ -111,7 +111,9 @@ def cells(config: Mapping[str, Any]) -> list[Cell]:
             "edits": config["edits"] and config["edits"]["facts"]}  # fmt: skip
     text = json.dumps(told, sort_keys=True, default=list)
     cell["key"] = hashlib.sha256(text.encode()).hexdigest()[:16]
-  return sorted(found, key=lambda c: order.index(c["model"]))
+  # What is quick comes first: a run that is cut short has the baselines of every network.
+  later = {n for n, m in config["methods"].items() if m.get("slow")} | {"gradient"}
+  return sorted(found, key=lambda c: (c["method"] in later, order.index(c["model"])))
 
 
 def read(path: pathlib.Path) -> dict[str, Cell]:
