@@ -78,7 +78,8 @@ def measure(config: Mapping[str, Any], seed: int) -> Numbers:
   m = model_lib.Model(spec, jax.tree.map(lambda x: x.astype(jnp.bfloat16), done.params))
   count = config["calibration"] // 2
   rows = np.concatenate([_spread(t.train["tokens"], count) for t in named.values()])
-  given = collect.Materials(batches=[rows[i : i + batch] for i in range(0, len(rows), batch)])
+  texts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+  given = collect.Materials(batches=texts)
   learn = collect.Materials(batches=list(itertools.islice(feed, config["tune"])))
   tests = [dict(t.test) for t in named.values()]
   nll = jax.jit(lambda params, batch: losses.nll(spec, params, batch))
@@ -102,7 +103,7 @@ def measure(config: Mapping[str, Any], seed: int) -> Numbers:
     f"compress.quantize.bitstack(blocks={config['blocks']}, rank=4) + "
     "compress.quantize.bitstack_sort()"
   )
-  whole = drivers.run(stacks, m, collect.Materials(batches=given.batches[:2]), seed=seed)
+  whole = drivers.run(stacks, m, collect.Materials(batches=texts[:2]), seed=seed)
   sizes = _sizes(whole, config["blocks"])
   for blocks, budget in enumerate(sizes, 1):
     cut = registry.parse(f"compress.quantize.bitstack_cut(budget={budget})")
