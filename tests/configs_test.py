@@ -17,6 +17,7 @@ LAUNCHERS = {
   "prune": "prune_directions",
   "ptq_study": "ptq_study",
   "quickstart": "run",
+  "structure": "structure_directions",
   "vq": "vq_directions",
 }
 
