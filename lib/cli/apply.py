@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -27,7 +28,15 @@ from treesurgeon.cli import inspect, main
 from treesurgeon.core import lineage, needs, paths, step
 from treesurgeon.core import model as model_lib
 from treesurgeon.edit import requests
-from treesurgeon.io import chat_templates, checkpoint, loading, staging, tokenizer_files
+from treesurgeon.io import (
+  chat_templates,
+  checkpoint,
+  export,
+  layouts,
+  loading,
+  staging,
+  tokenizer_files,
+)
 from treesurgeon.io import sink as checkpoint_sink
 from treesurgeon.io import tokenizer as tokenizers
 from treesurgeon.run import activations, budget, calibration, casting, collect, drivers, dry
@@ -87,6 +96,11 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
     "dry_run", False, "Print the tree that would come out; read and write no weight.",
     flag_values=values,
   )  # fmt: skip
+  flags.DEFINE_enum(
+    "format", None, layouts.NAMES,
+    "Write the result as another tool's quantized checkpoint; what it cannot hold is refused.",
+    flag_values=values,
+  )  # fmt: skip
   flags.DEFINE_enum("driver", "auto", DRIVERS, "How to go through the model.", flag_values=values)
   flags.DEFINE_string(
     "budget", None,
@@ -139,7 +153,20 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
     return
   if values.budget is None:
     materials = bring(values, source, transform)
+  if values.format is None:
+    execute(values, transform, source, materials, driver=values.driver)
+    return
+  # First our way, beside the output, where a rerun finds what a killed run had finished.
+  packed = f"{values.out.rstrip('/')}.packed"
+  out, overwrite, values.out, values.overwrite = values.out, values.overwrite, packed, True
   execute(values, transform, source, materials, driver=values.driver)
+  source = checkpoint.Checkpoint(packed)
+  report = export.to_layout(
+    source, out, layout=values.format, max_shard_bytes=values.max_shard_bytes,
+    overwrite=overwrite, tokenizer_from=values.model, records=source.lineage,
+  )  # fmt: skip
+  shutil.rmtree(packed)
+  print(report)
 
 
 def execute(

@@ -79,12 +79,7 @@ def _quantized(values: flags.FlagValues) -> None:
     report = export.to_layout(
       source, values.out, layout=values.format, max_shard_bytes=values.max_shard_bytes, **shared
     )
-  print(
-    f"wrote {values.out}: {report.nbytes:,} bytes of weights, {report.bits:.2f} bits a weight; "
-    f"{report.layers} quantized layers, {report.layer_bits:.3f} bits a weight with their scales"
-  )
-  for note in report.notes:
-    print(f"note: {note}")
+  print(report)
 
 
 def _peft(model: model_lib.Model, out: str, *, overwrite: bool, source: str) -> None:

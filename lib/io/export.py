@@ -40,6 +40,13 @@ class Report(NamedTuple):
     """Bits a weight, over the compressed layers."""
     return 8 * self.layer_nbytes / max(1, self.layer_size)
 
+  def __str__(self) -> str:
+    told = (
+      f"wrote {self.directory}: {self.nbytes:,} bytes of weights, {self.bits:.2f} bits a weight; "
+      f"{self.layers} quantized layers, {self.layer_bits:.3f} bits a weight with their scales"
+    )
+    return "\n".join([told, *(f"note: {note}" for note in self.notes)])
+
 
 def to_hf(m: model.Model, directory: str | Path, **saving: Any) -> Path:
   """Write a Hugging Face directory that `transformers` loads.

@@ -124,7 +124,7 @@ def run_blockwise(
     >>> from treesurgeon import models, registry
     >>> spec = models.Spec(vocab_size=5, d_model=4, num_layers=2, num_heads=1, d_ff=8)
     >>> m = model_lib.Model(spec, models.init(spec, jax.random.key(0)))
-    >>> text = collect.Materials(batches=[np.array([[1, 2, 3, 4]])])
+    >>> text = collect.Materials(batches=[np.arange(8).reshape(2, 4) % 5])
     >>> m = run_blockwise(registry.parse("compress.quantize.gptq(bits=4)"), m, text)
     >>> m.lineage[0].driver
     'run_blockwise'

@@ -52,6 +52,21 @@ def test_a_leaf_transform_is_streamed_and_recorded(directories, tmp_path, capsys
   assert replay.differing(m, again) == []
 
 
+def test_one_command_writes_what_other_tools_load(directories, tmp_path, capsys):
+  out = tmp_path / "out"
+  args = [f"--model={directories / 'base'}", f"--out={out}", f"--transform={RTN}"]
+  assert apply(*args, "--format=compressed-tensors") == 0
+  assert f"wrote {out}: " in capsys.readouterr().out
+  assert [p.name for p in tmp_path.iterdir()] == ["out"]
+  config = json.loads((out / "config.json").read_text())["quantization_config"]
+  assert (config["quant_method"], config["format"]) == ("compressed-tensors", "pack-quantized")
+  assert apply(*args[:1], f"--out={tmp_path / 'ours'}", args[2]) == 0
+  assert (
+    replay.differing(checkpoint.Checkpoint(out), checkpoint.Checkpoint(tmp_path / "ours")) == []
+  )
+  assert io.load(out).lineage[0].expression == RTN.replace("bits=4, ", "")
+
+
 @pytest.mark.parametrize("driver", ["run", "blockwise"])
 def test_every_driver_writes_the_same_weights(directories, tmp_path, driver):
   for name, more in (("one", []), ("two", [f"--driver={driver}"])):

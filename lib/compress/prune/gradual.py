@@ -114,11 +114,10 @@ def pruning(inner: optax.GradientTransformation, plan: Plan) -> optax.GradientTr
       lambda old: old,
       state.masks,
     )
-    updates, held = inner.update(grads, state.inner, params)
-    updates = dict(updates)
-    for name, keep in kept.items():
-      updates[name] = jnp.where(keep, updates[name], -params[name])
-    return updates, State(state.count + 1, kept, held)
+    moves: Any
+    moves, held = inner.update(grads, state.inner, params)
+    gone = {n: jnp.where(keep, moves[n], -params[n]) for n, keep in kept.items()}
+    return {**moves, **gone}, State(state.count + 1, kept, held)
 
   return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 

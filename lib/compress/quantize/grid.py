@@ -372,7 +372,11 @@ def _stored(scales: jax.Array, store: str) -> Any:
   if store.startswith("int"):
     *_, rows, cols = scales.shape
     size = min(rows, BLOCK)
-    form = {"bits": int(store[3:]), "group_size": size, "group_cols": min(cols, BLOCK // size)}
+    form: dict[str, Any] = {
+      "bits": int(store[3:]),
+      "group_size": size,
+      "group_cols": min(cols, BLOCK // size),
+    }
     grid = fit(scales, **form, symmetric=False, scale_dtype="float32")
     wide = spread(grid, group_size=size, rows=rows, group_cols=form["group_cols"], cols=cols)
     codes = jnp.maximum(round_to(scales, wide, bits=form["bits"]), 1)  # 0 may stand for no scale

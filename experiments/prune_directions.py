@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prune a small language model by every method, and test what is claimed of each.
+
+python -P -m treesurgeon.experiments.prune_directions --config=configs/prune.py --workdir=DIR
+"""
+
+import functools
+import itertools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+from rich import console, table
+
+from treesurgeon import models, registry
+from treesurgeon.core import leaves
+from treesurgeon.core import model as model_lib
+from treesurgeon.run import collect, drivers
+from treesurgeon.train import loop, tasks
+
+TEXTS = ("prose", "code")  # the general one first
+Numbers = dict[str, dict[str, float]]  # "arm at cut" -> quantity -> value
+
+
+def main(argv: list[str]) -> None:
+  """Run every seed, then print and keep numbers and verdicts.
+
+  Args:
+    argv: no positional arguments.
+  """
+  del argv
+  logging.set_verbosity(logging.WARNING)
+  config, workdir = flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  runs = []
+  for seed in config.seeds:
+    runs.append(measure(config.to_dict(), seed))
+    (workdir / "results.json").write_text(json.dumps(runs, indent=1) + "\n")
+  rows = [(n, q) for n, found in runs[0].items() for q in found]
+  _show(("arm", "", "by seed"), [(n, q, [r[n][q] for r in runs]) for n, q in rows], "{:.4f}")
+  verdicts = []
+  for text, low, high, quantity, cuts in config.claims:
+    for cut in cuts:
+      values = [value(r, low, high, quantity, cut) for r in runs]
+      held = "reproduced" if max(values) < 0 else "not reproduced" if min(values) >= 0 else "mixed"
+      verdicts.append((f"{text}, {cut}", held, values))
+  _show(("claim", "verdict", "by seed (below 0 holds)"), verdicts, "{:+.4f}")
+  (workdir / "claims.json").write_text(json.dumps(verdicts, indent=1) + "\n")
+
+
+def value(found: Numbers, low: str, high: str, quantity: str, cut: str) -> float:
+  """Evaluate a claim.
+
+  Args:
+    found: a seed's numbers.
+    low: the arm that shall have less.
+    high: the arm that shall have more.
+    quantity: of what.
+    cut: where.
+
+  Returns:
+    The difference; negative where the claim holds.
+
+  Example:
+    >>> value({"a at x": {"loss": 1.0}, "b at x": {"loss": 3.0}}, "a", "b", "loss", "x")
+    -2.0
+  """
+  return found[f"{low} at {cut}"][quantity] - found[f"{high} at {cut}"][quantity]
+
+
+def measure(config: Mapping[str, Any], seed: int) -> Numbers:
+  """Train a model and prune it in every way.
+
+  Args:
+    config: see `configs/prune.py`.
+    seed: of everything random.
+
+  Returns:
+    For each arm and cut, mean loss over both texts in nats a byte, and the mean over kernels of
+    the output error relative to the output, where nothing was trained.
+  """
+  length, batch = config["length"], config["batch"]
+  named = {t: tasks.build(t, length=length, items=config["test"], seed=seed) for t in TEXTS}
+  spec = models.Spec(vocab_size=tasks.VOCABULARY, max_positions=length, **config["spec"])
+  dense = model_lib.Model(spec, models.init(spec, jax.random.key(seed)))
+  feed = tasks.batches({t: (task, 1.0) for t, task in named.items()}, batch=batch, seed=seed)
+  optimizer = {"lr": config["rate"], "warmup": config["steps"] // 10}
+  done = loop.fit(dense, feed, steps=config["steps"], optimizer=optimizer, log_every=100)
+  dense = model_lib.Model(spec, done.params)
+  sets = [
+    _calibration(t.train["tokens"], config["calibration"] // 2, batch) for t in named.values()
+  ]
+  given = collect.Materials(batches=sets[0] + sets[1], donor_batches=sets)
+  learn = collect.Materials(batches=list(itertools.islice(feed, config["tune"])))
+  (surgeon,) = registry.parse("compress.prune.sparsegpt()")
+  moments = {a: s.moment for a, s in collect.evidence(surgeon, dense, given)["hessian"].items()}
+  tests = [t.test for t in named.values()]
+  out: Numbers = {"dense": {"loss": _loss(dense, tests)}}
+  for (arm, expression), (cut, how) in itertools.product(config["arms"], config["cuts"]):
+    if cut == "2:4" and ("ecoflap" in expression or "per='model'" in expression):
+      continue  # a ratio for all, and a comparison over the model, mean nothing there
+    trains = "steps=" in expression
+    if expression:
+      go = drivers.run if trains else drivers.run_blockwise
+      made = go(
+        registry.parse(expression.format(cut=how)), dense, learn if trains else given, seed=seed
+      )
+    else:
+      made = randomly(dense, list(moments), cut, seed)
+    found = {"loss": _loss(made, tests)}
+    if not trains:
+      found["error"] = float(
+        np.mean([_error(dense.leaf(a), made.leaf(a), h) for a, h in moments.items()])
+      )
+    out[f"{arm} at {cut}"] = found
+    print(f"seed {seed}: {arm} at {cut}:", json.dumps({k: round(v, 4) for k, v in found.items()}))
+  return out
+
+
+def randomly(m: model_lib.Model, addresses: Sequence[str], cut: str, seed: int) -> model_lib.Model:
+  """Prune whatever weights: the control.
+
+  Args:
+    m: the model.
+    addresses: which kernels.
+    cut: "50%", or "2:4".
+    seed: of the choice.
+
+  Returns:
+    The pruned model.
+
+  Example:
+    >>> m = model_lib.Model(None, {"w": jnp.ones((4, 3))})
+    >>> float(randomly(m, ["w"], "2:4", 0).leaf("w").sum())
+    6.0
+  """
+  rng, changes = np.random.default_rng(seed), {}
+  for address in addresses:
+    w = np.array(leaves.dense(m.leaf(address)))
+    rows = 4 if ":" in cut else w.size
+    score = rng.random((w.shape[0] // 4, 4, w.shape[1]) if ":" in cut else (1, w.size, 1))
+    count = 2 if ":" in cut else int(float(cut[:-1]) / 100 * rows)
+    gone = np.argsort(np.argsort(score, axis=1), axis=1) < count
+    changes[address] = jnp.asarray(np.where(gone.reshape(w.shape), 0, w))
+  return m.update(changes)
+
+
+def _calibration(rows: np.ndarray, count: int, batch: int) -> list[np.ndarray]:
+  keep = rows[np.linspace(0, len(rows) - 1, count).astype(int), :-1]
+  return [keep[i : i + batch] for i in range(0, count, batch)]
+
+
+def _loss(m: model_lib.Model, tests: Sequence[Mapping[str, np.ndarray]]) -> float:
+  return float(np.mean([_nll(m.spec)(m.params, dict(rows)) for rows in tests]))
+
+
+@functools.lru_cache(maxsize=4)
+def _nll(spec: models.Spec) -> Any:
+  return jax.jit(functools.partial(models.nll, spec))
+
+
+@jax.jit
+def _error(w: jax.Array, pruned: jax.Array, h: jax.Array) -> jax.Array:
+  d = pruned - w
+  return (d * (h @ d)).sum() / (w * (h @ w)).sum()
+
+
+def _show(columns: Sequence[str], rows: Sequence[tuple[Any, ...]], form: str) -> None:
+  out = table.Table(box=None)
+  for column in columns:
+    out.add_column(column)
+  for *words, values in rows:
+    out.add_row(*words, "  ".join(form.format(v) for v in values))
+  console.Console(width=150).print(out)
+
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
+  flags.DEFINE_string("workdir", None, "Where to keep numbers and verdicts.")
+  flags.mark_flags_as_required(["config", "workdir"])
+  app.run(main)
