@@ -301,6 +301,13 @@ ROWS = (
     reduces=True,
   ),
   Row(
+    "compress.quantize.spqr",
+    {"bits": 3, "group_size": 8, "outliers": 0.02},
+    {"bits": 4},
+    done("compress.quantize.spqr", bits=4, group_size=8, outliers=0.02),
+    reduces=True,
+  ),
+  Row(
     "compress.quantize.tune_scales",
     {"steps": 2, "rate": 1e-5},
     {"steps": 0},

@@ -147,6 +147,12 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/quantize/smoothquant_test.py",
     note="keeps outputs to rounding; what follows it must quantize activations too",
   ),
+  "compress.quantize.spqr": entries.Entry(
+    factory="treesurgeon.compress.quantize.spqr:spqr",
+    paper="Dettmers et al., SpQR, 2023, arXiv 2306.03078",
+    oracle="tests/compress/quantize/spqr_test.py",
+    note="a fixed fraction of outliers, those of the highest leave-one-out scores",
+  ),
   "compress.quantize.tune_scales": entries.Entry(
     factory="treesurgeon.compress.quantize.tune_scales:tune_scales",
     paper="Zeng et al., GQSA, 2024, arXiv 2412.17560",
