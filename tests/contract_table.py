@@ -470,7 +470,8 @@ EXTRA = (
 
 # What `make test` runs of the suite; `make test-all` runs all of it. Rows of FULL hold every law in
 # both. The others share their lift with one of these and leave to the slow tests what compiles
-# anew: other dtypes, shapes, meshes. What learns or searches leaves all but the laws in LIGHT.
+# anew: other dtypes, shapes, meshes. What learns or searches, and all compression but the rows of
+# FULL, leaves all but the laws in LIGHT.
 FULL = {
   "adapt.lora", "adapt.merge", "compress.prune.magnitude", "compress.prune.wanda",
   "compress.quantize.gptq", "compress.quantize.rtn", "edit.rome", "edit.unlearn.task_negation",
@@ -513,7 +514,7 @@ def slow(row: Row, law: str) -> bool:
   """Tell whether `make test` leaves a law out for a row."""
   if law in LARGE.get(row.name, ()):
     return True
-  if row.name in LEARN:
+  if row.name in LEARN or (row.name.startswith("compress.") and row.name not in FULL):
     return law not in LIGHT
   return law in DEAR and (row.name not in FULL or row in EXTRA)
 
