@@ -54,6 +54,9 @@ def methods(steps: int, learned: str) -> dict:
     "GPTQ asym": at(f"gptq({FORM}, symmetric=False)", **{**few, "encoder": {"bits": (3,)}}),
     "GPTQ asym act-order": at(f"gptq({FORM}, symmetric=False, act_order=True)", **low),
     "HQQ": at("hqq(bits={bits}, group_size={group})", **{**few, "encoder": {"bits": (2,)}}),
+    "AWQ": at(
+      "awq(bits={bits}, group_size={group})", **{**few, "encoder": {"bits": ()}}, rotated=True
+    ),
     "AdaDim": at("adadim(bits={bits}, group_size={group})", **low),
     "FineQuant": at("finequant(bits={bits}, smallest={group})", bits=(4, 3), **one),
     "AutoRound": at(f"autoround({FORM}, steps={steps}, {learned})", **slow, **few),
@@ -102,8 +105,15 @@ def factors(steps: int, learned: str) -> list[dict]:
   ]  # fmt: skip
 
 
-def extra() -> list[dict]:
-  """List single cells: below two bits, pruning, and orders of composition."""
+def extra(short: str) -> list[dict]:
+  """List single cells: below two bits, pruning, and orders of composition.
+
+  Args:
+    short: arguments that keep what trains for epochs short.
+
+  Returns:
+    Cells.
+  """
   rtn, gptq = "compress.quantize.rtn", "compress.quantize.gptq"
   three = f"{gptq}(bits=3, group_size=32, scale_dtype='float16')"
   four = f"{gptq}(bits=4, group_size=32, scale_dtype='float16')"
@@ -128,6 +138,9 @@ def extra() -> list[dict]:
   tables = {
     "VPTQ, 64 vectors of 4": "compress.quantize.vptq(length=4, entries=64)",
     "VPTQ, 256 vectors of 4": "compress.quantize.vptq(length=4, entries=256)",
+    "decoupleQ 2b g32": "compress.quantize.decoupleq(bits=2, group_size=32, epochs=1)",
+    "GQSA 4b, half": f"compress.quantize.gqsa({short})",
+    "PTQ1.61": f"compress.quantize.ptq161({short})",
     "BitStack, 4 of rank 8": "compress.quantize.bitstack(blocks=4, rank=8)",
     "BitStack, 8 of rank 8": "compress.quantize.bitstack(blocks=8, rank=8)",
   }
@@ -203,6 +216,12 @@ def claims() -> list[tuple]:
         "SVD-LLM < SVD at half the numbers": ("SVD-LLM 50 %", "SVD 50 %"),
       }
       if model == "decoder":
+        if metric == "nll":
+          pairs |= {
+            "AWQ < RTN asym at 3 bits": ("AWQ 3b g32", "RTN asym 3b g32"),
+            "AWQ < GPTQ asym at 3 bits": ("AWQ 3b g32", "GPTQ asym 3b g32"),
+            "decoupleQ < GPTQ asym at 2 bits": ("decoupleQ 2b g32", "GPTQ asym 2b g32"),
+          }
         pairs |= {
           "groups of 32 < 128, RTN 3 bits": ("RTN 3b g32", "RTN 3b g128"),
           "NVFP4 < MXFP4": ("NVFP4", "MXFP4"),
@@ -275,7 +294,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     tuned |= {"steps": 2, "batch": 4}
     steps, learned, facts = 2, "batch=4", "smoke"
   named = methods(steps, learned)
-  cells = extra() + factors(steps, learned)
+  cells = extra("epochs=1") + factors(steps, learned)
   if arg == "smoke":  # one width of each
     named = {n: {**m, "bits": m["bits"][-1:], "groups": m["groups"][:1]} for n, m in named.items()}
   edited = facts_config.get_config(facts).to_dict()
