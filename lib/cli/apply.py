@@ -51,6 +51,27 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
     values: where to define them.
     argv: the command's arguments, which config overrides are read from.
   """
+  define_transform(values, argv)
+  flags.DEFINE_enum(
+    "format", None, layouts.NAMES,
+    "Write the result as another tool's quantized checkpoint; what it cannot hold is refused.",
+    flag_values=values,
+  )  # fmt: skip
+  flags.DEFINE_string(
+    "budget", None,
+    "Size of the weights, such as 2.6GB: the quantizer of --transform (default: gptq if there is "
+    "calibration, else rtn) takes for each kernel the width and group size that lose least.",
+    flag_values=values,
+  )  # fmt: skip
+
+
+def define_transform(values: flags.FlagValues, argv: list[str]) -> None:
+  """Define the flags of every command that applies a transform.
+
+  Args:
+    values: where to define them.
+    argv: the command's arguments, which config overrides are read from.
+  """
   define_output(values)
   flags.DEFINE_string("model", None, "Model directory to read.", flag_values=values)
   flags.DEFINE_multi_string(
@@ -96,18 +117,7 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
     "dry_run", False, "Print the tree that would come out; read and write no weight.",
     flag_values=values,
   )  # fmt: skip
-  flags.DEFINE_enum(
-    "format", None, layouts.NAMES,
-    "Write the result as another tool's quantized checkpoint; what it cannot hold is refused.",
-    flag_values=values,
-  )  # fmt: skip
   flags.DEFINE_enum("driver", "auto", DRIVERS, "How to go through the model.", flag_values=values)
-  flags.DEFINE_string(
-    "budget", None,
-    "Size of the weights, such as 2.6GB: the quantizer of --transform (default: gptq if there is "
-    "calibration, else rtn) takes for each kernel the width and group size that lose least.",
-    flag_values=values,
-  )  # fmt: skip
 
 
 def define_output(values: flags.FlagValues) -> None:

@@ -31,7 +31,7 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
     values: where to define them.
     argv: the command's arguments.
   """
-  apply.define(values, argv)
+  apply.define_transform(values, argv)
   flags.DEFINE_string(
     "bounds", None, "JSON: argument to [low, high], or to a list of these.", flag_values=values
   )
