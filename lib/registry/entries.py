@@ -18,6 +18,8 @@ MERGE_BENCH = (
   "--workdir=DIR"
 )
 
+VECTORS = "python -P -m treesurgeon.experiments.vq_directions --config=configs/vq.py --workdir=DIR"
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
