@@ -10,7 +10,7 @@ import pytest
 
 from treesurgeon import models, registry
 from treesurgeon.core import leaves, model, needs
-from treesurgeon.run import budget, collect, drivers, statistics
+from treesurgeon.run import budget, collect, drivers, gradients
 
 SPEC = models.Spec(vocab_size=32, d_model=16, num_layers=2, num_heads=2, d_ff=32, max_positions=32)
 TEXT = collect.Materials(batches=[np.random.default_rng(0).integers(0, 32, (4, 16))])
@@ -50,7 +50,7 @@ def test_loss_is_weighed_by_inputs_and_gradients(base):
   found = budget.measure([(two,)], base, TEXT, model=base)
   taps = statistics.wanted({"h": needs.Statistic("second_moment", address)}, [address])
   h = statistics.tap_statistics(base, taps, TEXT.batches)[("second_moment", address)].moment
-  f = np.asarray(statistics.fisher(base, TEXT.batches, select=address)[address], np.float64)
+  f = np.asarray(gradients.fisher(base, TEXT.batches, select=address)[address], np.float64)
   made = two.apply(base, {}, jax.random.key(0)).leaf(address)
   wrong = np.asarray(made.dense() - base.leaf(address), np.float64)
   expected = np.trace(wrong.T @ h @ wrong) * f.sum() / (np.trace(h) * wrong.shape[1])
