@@ -10,7 +10,7 @@ import pytest
 
 from treesurgeon import models, registry
 from treesurgeon.core import leaves, model, needs
-from treesurgeon.run import budget, collect, drivers, gradients
+from treesurgeon.run import budget, collect, drivers, gradients, statistics
 
 SPEC = models.Spec(vocab_size=32, d_model=16, num_layers=2, num_heads=2, d_ff=32, max_positions=32)
 TEXT = collect.Materials(batches=[np.random.default_rng(0).integers(0, 32, (4, 16))])
