@@ -141,8 +141,8 @@ def extra(short: str) -> list[dict]:
     "decoupleQ 2b g32": "compress.quantize.decoupleq(bits=2, group_size=32, epochs=1)",
     "GQSA 4b, half": f"compress.quantize.gqsa({short})",
     "PTQ1.61": f"compress.quantize.ptq161({short})",
-    "BitStack, 4 of rank 8": "compress.quantize.bitstack(blocks=4, rank=8)",
-    "BitStack, 8 of rank 8": "compress.quantize.bitstack(blocks=8, rank=8)",
+    "BitStack, 2 of rank 1": "compress.quantize.bitstack(blocks=2, rank=1)",
+    "BitStack, 3 of rank 1": "compress.quantize.bitstack(blocks=3, rank=1)",
   }
   rows = [
     {"model": m, "label": k, "transform": t}
@@ -183,6 +183,21 @@ def extra(short: str) -> list[dict]:
     {"model": "decoder", "label": "merge, then GPTQ 4b", "transform": f"{ties} + {four}",
      **experts},
   ]  # fmt: skip
+  families = {
+    "original": ("original",),
+    "formats": ("ternary", "binary", "NF4", "MX", "NV"),
+    "pruned": ("magnitude 50 %", "Wanda", "SparseGPT"),
+    "low rank": ("SVD", "ASVD"),
+    "merged": ("merge", "experts"),
+    "PTQ1.61, GQSA": ("PTQ1.61", "GQSA"),
+    "VPTQ": ("VPTQ",),
+    "BitStack": ("BitStack",),
+    "decoupleQ": ("decoupleQ",),
+  }
+  for row in rows:
+    named = [f for f, starts in families.items() if row["label"].startswith(starts)]
+    mixed = "+" in row["transform"] or "with 4b" in row["label"]
+    row["method"] = "composed" if mixed and named != ["merged"] else (named or ["composed"])[0]
   return rows
 
 
@@ -247,6 +262,22 @@ def claims() -> list[tuple]:
       "merge, then GPTQ 3b", "experts by GPTQ 3b, merge, GPTQ 3b"
     ),
   }  # fmt: skip
+  choices = {
+    "dividing < shifting": ("as it is", "shift"),
+    "dividing < a rectified sigmoid": ("as it is", "sigmoid"),
+    "learning scales helps": ("as it is", "scales stay"),
+    "MSE < MAE": ("as it is", "mae"),
+    "MSE < cosine": ("as it is", "cosine"),
+    "Adam < AdaMax": ("as it is", "adamax"),
+    "Adam < SGD": ("as it is", "sgd"),
+    "Adam < signs": ("as it is", "sign"),
+    "a block's output < a kernel's": ("as it is", "by kernel"),
+    "keeping 1 % helps": ("1 % kept", "as it is"),
+  }  # fmt: skip
+  orders |= {
+    f"gradient, 3 bits: {n}": tuple(f"gradient 3b g32: {x}" for x in pair)
+    for n, pair in choices.items()
+  }
   out += [(f"{n}, loss", "decoder", less(*pair), "nll") for n, pair in orders.items()]
   return out
 
@@ -275,7 +306,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   bert = {**BERT, "d_model": 128, "num_layers": 2, "num_heads": 4, "d_ff": 512,
           "max_positions": 128}  # fmt: skip
   decoder = {"spec": llama, "steps": 1500, "batch": 32, "lr": 3e-3, "domains": both}
-  encoder = {"spec": bert, "steps": 2000, "batch": 32, "lr": 2e-3, "domains": both}
+  encoder = {"spec": bert, "steps": 6000, "batch": 32, "lr": 1e-3, "domains": both}
   tuned = {"base": "decoder", "steps": 200, "batch": 16, "lr": 5e-4}
   steps, learned, facts = 200, "batch=8", "quick"
   if arg == "gpu":

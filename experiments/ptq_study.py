@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
       made = done[cell["key"]] = labs[cell["model"]].run(cell)
       with path.open("a") as file:
         file.write(json.dumps(made) + "\n")
-  results = [done[c["key"]] for c in wanted]
+  results = [{**done[c["key"]], **c} for c in wanted]
   print(f"report: {ptq_tables.write(workdir, results, config)}")
 
 
@@ -107,8 +107,15 @@ def cells(config: Mapping[str, Any]) -> list[Cell]:
     if (cell["model"], cell["label"]) in seen:
       raise ValueError(f"{cell['model']}: two cells are called {cell['label']!r}")
     seen.add((cell["model"], cell["label"]))
-    told = {**cell, "text": config["text"], "models": config["models"], "seed": config["seed"],
-            "edits": config["edits"] and config["edits"]["facts"]}  # fmt: skip
+    # What a cell is called does not change what comes out.
+    told = {k: v for k, v in cell.items() if k not in ("label", "method", "group")}
+    if cell["model"] == "facts":
+      told |= {"edits": [config["edits"]["facts"], config["edits"]["edit"]]}
+    else:
+      names = [cell["model"], *cell.get("donors", ())]
+      bases = [config["models"][n]["base"] for n in names if "base" in config["models"][n]]
+      told |= {"models": {n: config["models"][n] for n in names + bases}, "text": config["text"]}
+    told["seed"] = config["seed"]
     text = json.dumps(told, sort_keys=True, default=list)
     cell["key"] = hashlib.sha256(text.encode()).hexdigest()[:16]
   # What is quick comes first: a run that is cut short has the baselines of every network.

@@ -14,6 +14,7 @@ from treesurgeon.evaluate import bootstrap
 Cell = Mapping[str, Any]
 Cells = Mapping[str, Cell]
 plt.switch_backend("agg")
+FLOOR = 1e-3
 HEAD: tuple[str, ...] = (
   "", "bits a weight", "kernels, kB", "perplexity [95 %]", "over the original, nats [95 %]",
   "KL, nats", "kernel error", "seconds", "peak MB",
@@ -63,7 +64,7 @@ def table(cells: Cells) -> str:
   """
   original = cells["original"]
   rows: list[list[str]] = [list(HEAD)]
-  for label, c in cells.items():
+  for label, c in sorted(cells.items(), key=lambda x: x[1] is not original):
     if "failed" in c:
       rows.append([label, "failed: " + c["failed"].splitlines()[0][:80], *[""] * (len(HEAD) - 2)])
       continue
@@ -135,40 +136,40 @@ def claim(cells: Cells, terms: Sequence[Sequence[Any]], metric: str) -> tuple[st
 
 
 def pareto(by_model: Mapping[str, Cells]) -> Any:
-  """Plot loss against bytes; what nothing of its size or smaller beats is named.
+  """Plot what is lost against bytes; what nothing of its size or smaller beats is named.
 
   Args:
-    by_model: network to its cells.
+    by_model: network to its cells; merged ones are of another network and left out.
 
   Returns:
     A figure.
   """
   figure, axes = plt.subplots(
-    1, max(1, len(by_model)), figsize=(8.2 * max(1, len(by_model)), 6.2), squeeze=False
+    1, max(1, len(by_model)), figsize=(9 * max(1, len(by_model)), 7), squeeze=False
   )
   colors = plt.get_cmap("tab20").colors  # pyright: ignore[reportAttributeAccessIssue]
+  methods = list(dict.fromkeys(c["method"] for cells in by_model.values() for c in cells.values()))
   for ax, (model, cells) in zip(axes[0], by_model.items(), strict=False):
-    shown = [c for c in cells.values() if "perplexity" in c]
-    methods = list(dict.fromkeys(c["method"] for c in shown))
+    base = math.log(cells["original"]["perplexity"][0])
+    found = [
+      (c["kernels"] / 1e3, max(FLOOR, math.log(c["perplexity"][0]) - base), c["label"], c["method"])
+      for c in cells.values()
+      if "perplexity" in c and c["method"] not in ("original", "merged")
+    ]
     for i, name in enumerate(methods):
-      points = sorted(
-        (c["kernels"] / 1e3, c["perplexity"][0]) for c in shown if c["method"] == name
-      )
-      ax.plot(*zip(*points, strict=True), marker="os^vD"[i // 20 % 5], ls="none", ms=5, label=name,
-              color=colors[i % 20])  # fmt: skip
-    best = front([(c["kernels"], c["perplexity"][0], c["label"]) for c in shown])
-    ax.plot([k / 1e3 for k, _, _ in best], [p for _, p, _ in best], color="#888", lw=0.8, zorder=0)
-    for k, p, label in best:
-      ax.annotate(label, (k / 1e3, p), fontsize=6, xytext=(3, 4), textcoords="offset points")
-    base = cells["original"]["perplexity"][0]
-    ax.axhline(base, color="#bbb", lw=0.8, ls=":")
-    ax.set_ylim(base * 0.97, base * 2.2)
-    ax.set_xscale("log")
+      points = [(k, x) for k, x, _, m in found if m == name]
+      if points:
+        ax.plot(*zip(*points, strict=True), marker="os^vD"[i // 10 % 5], ls="none", ms=6,
+                label=name, color=colors[2 * i % 20 + i // 10 % 2])  # fmt: skip
+    best = front([(k, x, label) for k, x, label, _ in found])
+    ax.plot([k for k, _, _ in best], [x for _, x, _ in best], color="#888", lw=0.8, zorder=0)
+    for k, x, label in best:
+      ax.annotate(label, (k, x), fontsize=7, rotation=28, xytext=(4, 4), textcoords="offset points")
+    ax.set(xscale="log", yscale="log", title=model)
     ax.set_xlabel("kernels inside the layers, kB: scales, masks and tables included")
-    ax.set_ylabel("perplexity on held-out text")
-    ax.set_title(model)
+    ax.set_ylabel(f"loss over the original, nats; at {FLOOR} also what is less")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=6, ncols=2)
+    ax.legend(frameon=False, fontsize=7, ncols=2)
   return figure
 
 
