@@ -138,7 +138,7 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.compress.quantize.outliertune:outliertune",
     paper="Wang et al., OutlierTune, 2024, arXiv 2406.18832",
     oracle="tests/compress/quantize/outliertune_test.py",
-    note="from the abstract and formulas; scaled about zero where there are no biases",
+    note="scaled about zero where there are no biases",
   ),
   "compress.quantize.ptq161": entries.Entry(
     factory="treesurgeon.compress.quantize.ptq161:ptq161",

@@ -8,9 +8,9 @@ kernel times s_j; and here the division too, by what makes the input (`compress.
 channels then lie within -1 to 1 and a kernel multiplies integers of one scale. Weights, as changed,
 are rounded to nearest with one scale an output.
 
-Where we differ from the paper (of which we know the abstract and its formulas from what cites it):
-where there are no biases, as in Llama, channels are scaled about zero. Inputs that nothing before
-them can scale (down after a GELU) are quantized dynamically, by token.
+The paper's own code is not public. Ours differs where there are no biases, as in Llama: channels
+are scaled about zero. Inputs that nothing before them can scale (down after a GELU) are quantized
+dynamically, by token.
 """
 
 import functools
