@@ -279,6 +279,13 @@ ROWS = (
     reduces=True,
   ),
   Row(
+    "compress.quantize.olive",
+    {"bits": 8},
+    {"bits": 4},
+    done("compress.quantize.olive"),
+    reduces=True,
+  ),
+  Row(
     "compress.quantize.outliertune",
     {"bits": 6},
     {"bits": 8},

@@ -134,6 +134,12 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/quantize/hqq_test.py",
     note="gains over min-max what the package does; groups along the inputs",
   ),
+  "compress.quantize.olive": entries.Entry(
+    factory="treesurgeon.compress.quantize.olive:olive",
+    paper="Guo et al., OliVe, ISCA 2023, arXiv 2304.07493",
+    oracle="tests/compress/quantize/olive_test.py",
+    note="weights only; the search and its range are those of the published code",
+  ),
   "compress.quantize.outliertune": entries.Entry(
     factory="treesurgeon.compress.quantize.outliertune:outliertune",
     paper="Wang et al., OutlierTune, 2024, arXiv 2406.18832",

@@ -101,6 +101,8 @@ def kind(leaf: Any) -> str:
       return f"signs x rank {leaf.rank} {leaf.a.dtype.name}"
     case leaves.ClusteredColumns():
       return f"{leaf.centroids.shape[-1]} columns {kind(leaf.centroids)}"
+    case leaves.OutlierVictim():
+      return f"outlier-victim pairs of {leaf.bits} bits"
     case leaves.GroupSparse():
       groups = -(-leaf.rows // leaf.group)
       return f"{leaf.kept.shape[-2] // leaf.group} of {groups} groups, {kind(leaf.kept)}"

@@ -121,9 +121,15 @@ def split_rows(*batch):
   return leaves.SplitRows(few, normal(*batch, 7, 3), marks(*batch, kept=3, of=10, cols=1))
 
 
+def pairs(*batch):
+  codes = jnp.asarray(RNG.integers(0, 16, (*batch, 10, 3)).astype(np.uint8))
+  kind = jnp.asarray(RNG.integers(0, 2, (*batch, 1, 1)).astype(np.uint8))
+  return leaves.OutlierVictim(packing.pack(codes, bits=4), normal(*batch, 1, 3), kind, 9, 3)
+
+
 MAKERS = [
   quantized, sparse, codebook, low_rank, total, table, double, tiles, outliers, activations,
-  tables, signed, clustered, groups, split_rows,
+  tables, signed, clustered, groups, split_rows, pairs,
 ]  # fmt: skip
 every_kind = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 

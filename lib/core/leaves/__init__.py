@@ -24,6 +24,7 @@ from treesurgeon.core.leaves.files import TYPES, from_parts, to_parts
 from treesurgeon.core.leaves.group_sparse import GroupSparse
 from treesurgeon.core.leaves.inputs import ActivationQuantized
 from treesurgeon.core.leaves.low_rank import LowRank
+from treesurgeon.core.leaves.outlier_victim import OutlierVictim
 from treesurgeon.core.leaves.outliers import Outliers
 from treesurgeon.core.leaves.quantized import QuantizedTensor
 from treesurgeon.core.leaves.signed import SignedLowRank
@@ -40,6 +41,7 @@ __all__ = [
   "GroupSparse",
   "Leaf",
   "LowRank",
+  "OutlierVictim",
   "Outliers",
   "QuantizedTensor",
   "SignedLowRank",

@@ -12,6 +12,7 @@ from treesurgeon.core.leaves import (
   group_sparse,
   inputs,
   low_rank,
+  outlier_victim,
   outliers,
   quantized,
   signed,
@@ -26,6 +27,7 @@ TYPES: Mapping[str, type] = {
     quantized.QuantizedTensor, sparse.SparseTensor, codebook.Codebook, low_rank.LowRank,
     outliers.Outliers, inputs.ActivationQuantized, summed.Sum, split_rows.SplitRows,
     signed.SignedLowRank, clustered.ClusteredColumns, group_sparse.GroupSparse,
+    outlier_victim.OutlierVictim,
   )
 }  # fmt: skip
 
@@ -106,7 +108,7 @@ def from_parts(meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> base.Leaf:
   unknown = sorted((set(static) | set(flat) | set(nested)) - set(fields))
   if unknown:
     raise ValueError(f"{kind} has no field {unknown[0]!r}; it has {', '.join(fields)}")
-  optional = {"zeros", "group_index", "scale"}
+  optional = {"zeros", "group_index", "scale", "flint"}
   values = {**dict.fromkeys(optional & set(fields)), **static, **flat, **nested}
   for name, field in fields.items():  # an absent part is None only where no default says more
     if values.get(name) is None and field.default is not dataclasses.MISSING:
