@@ -272,6 +272,11 @@ ROWS = (
     reduces=True,
   ),
   Row(
+    "compress.quantize.gwq",
+    {"bits": 3, "group_size": 8, "outliers": 0.02},
+    {"outliers": 1.0},
+  ),
+  Row(
     "compress.quantize.hqq",
     {"bits": 3, "group_size": 8},
     {"bits": 4},

@@ -128,6 +128,12 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/quantize/gradient_ptq_test.py",
     note="the paper's factors by its abstract; defaults are by our own study",
   ),
+  "compress.quantize.gwq": entries.Entry(
+    factory="treesurgeon.compress.quantize.gwq:gwq",
+    paper="Shao et al., GWQ, 2024, arXiv 2411.00850",
+    oracle="tests/compress/quantize/gwq_test.py",
+    note="a fraction of every matrix is kept, in the weights' dtype",
+  ),
   "compress.quantize.hqq": entries.Entry(
     factory="treesurgeon.compress.quantize.hqq:hqq",
     paper="Badri and Shaji, Half-quadratic quantization of large machine learning models, 2023",
