@@ -11,6 +11,7 @@ import os
 import pathlib
 import runpy
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +165,25 @@ def test_gptqmodels_packer_writes_our_bytes(dense, tmp_path, bits):
   for part in ("qweight", "qzeros", "scales", "g_idx"):
     ours = held.tensors[f"model.layers.0.mlp.up_proj.{part}"]
     np.testing.assert_array_equal(ours, getattr(packed, part).numpy(), err_msg=part)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", ["gptq4", "gptq3order"])
+def test_what_gptqmodel_quantized_loads_here(dense, tmp_path, what):
+  np.save(tmp_path / "rows.npy", np.random.default_rng(1).integers(0, 256, (16, 64)))
+  command = [sys.executable, str(HERE / "gptqmodel_oneshot.py"), what, str(dense / "Llama")]
+  command += [str(tmp_path / "rows.npy"), str(tmp_path / "out"), "32"]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert not done.returncode, done.stderr[-2000:]
+  model = io.load(tmp_path / "out")
+  leaf = model.leaf("layers/0/mlp/up/kernel")
+  assert leaf.bits == int(what[4]) and (leaf.group_index is not None) == what.endswith("order")
+  # It saves bfloat16 what it does not quantize, and both then compute in that, not alike.
+  wide = lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+  model = dataclasses.replace(model, params=jax.tree.map(wide, model.params))
+  want = theirs(tmp_path / "out")
+  np.testing.assert_allclose(logits(model), want, atol=0.005, rtol=0)
+  assert 0.01 < np.abs(want - theirs(dense / "Llama")).max() < 1.5
 
 
 @pytest.fixture(scope="module")
