@@ -203,6 +203,12 @@ ROWS = (
     reduces=True,
   ),
   Row(
+    "compress.quantize.aligned",
+    {"bits": 2, "group_size": 4, "wide": 0.25, "align": 3, "outliers": 0.02},
+    {"bits": 3},
+    done("compress.quantize.aligned", bits=3, group_size=4, wide=0.25, align=3, outliers=0.02),
+  ),
+  Row(
     "compress.quantize.aqlm",
     {**VQ, "length": 2, "tables": 2, "epochs": 1, "rate": 1e-6},
     {"length": 4, "tables": 1, "epochs": 0},

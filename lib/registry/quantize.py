@@ -23,6 +23,13 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/quantize/outliertune_test.py",
     note="what lives in kernels: TRIP factors, W4, A8 or A4; no token pruning, no log2 softmax",
   ),
+  "compress.quantize.aligned": entries.Entry(
+    factory="treesurgeon.compress.quantize.aligned:aligned",
+    paper="Li et al., Enabling fast 2-bit LLM on GPUs: memory alignment, sparse outlier, and "
+    "asynchronous dequantization, 2023, arXiv 2311.16442",
+    oracle="tests/compress/quantize/aligned_test.py",
+    note="by the abstract: sizes and shares are ours; rounded to nearest; no kernel of its own",
+  ),
   "compress.quantize.aqlm": entries.Entry(
     factory="treesurgeon.compress.quantize.aqlm:aqlm",
     paper="Egiazarian et al., AQLM, 2024, arXiv 2401.06118",
