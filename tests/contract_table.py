@@ -240,6 +240,7 @@ ROWS = (
     done("compress.quantize.hqq", bits=3, group_size=8),
     reduces=True,
   ),
+  Row("compress.quantize.deepshape", neutral={"shape": 1.0, "scale": 1.0}, reduces=True),
   Row("compress.quantize.dequantize", prepare=quantized),
   Row(
     "compress.quantize.equalize",

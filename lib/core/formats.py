@@ -7,6 +7,10 @@ r"""Number formats of few bits as tables: the value of every code, and the neare
 * `nf`: quantiles of a normal distribution, with a zero (Dettmers et al., QLoRA, arXiv:2305.14314).
 * `shift`: a sign and a power of two, 1 to 2^-(2^(b-1) - 1), no zero (DenseShift, arXiv:2208.09708).
 * `pow2`: the same with the smallest positive power replaced by zero.
+* `rf8`: a sign, a power of two of 16, and a second one that is added or taken away: of 1/2 to 1/16
+  of the first, or none (Wu et al., arXiv:2506.00486). The published code rounds so but tells no
+  layout; this one is ours: sign, four bits of exponent, three of the residual. Both 1.5 x 2^e and
+  0.75 x 2^(e + 1) are codes; in the place of the smallest power alone there is a zero.
 * `sign`: -1 and 1. `ternary`: -1, 0 and 1, of which five fill a byte (1.6 bits each).
 """
 
@@ -20,7 +24,8 @@ from jaxtyping import Array, Float, UInt8
 
 TRITS = 5  # 3^5 = 243 fits a byte
 _OFFSET = 0.9677083  # of QLoRA's quantiles: the mean of 1 - 1/30 and 1 - 1/32
-_NAMES = "int, ternary, sign, nf, shift, pow2, or e<E>m<M>[fn] like e2m1, e4m3fn, e5m2"
+_RESIDUALS = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, -1 / 16, -1 / 8, -1 / 4)  # of rf8
+_NAMES = "int, ternary, sign, nf, shift, pow2, rf8, or e<E>m<M>[fn] like e2m1, e4m3fn, e5m2"
 
 
 def width(name: str, bits: int) -> int:
@@ -48,7 +53,7 @@ def width(name: str, bits: int) -> int:
   else:
     want = {
       "int": tuple(range(1, 9)), "nf": tuple(range(2, 9)), "shift": tuple(range(2, 6)),
-      "pow2": tuple(range(2, 6)), "sign": (1,), "ternary": (2,),
+      "pow2": tuple(range(2, 6)), "rf8": (8,), "sign": (1,), "ternary": (2,),
     }.get(name, ())  # fmt: skip
   if not want or max(want) > 8:
     raise ValueError(f"format={name!r}: valid are {_NAMES}, of up to 8 bits")
@@ -79,6 +84,11 @@ def levels(name: str, bits: int) -> Float[np.ndarray, " codes"]:
     table = [-1.0, 0.0, 1.0, np.nan]
   elif name == "nf":
     return _normal(bits)
+  elif name == "rf8":
+    powers = 2.0 ** np.arange(-15, 1)
+    positive = (powers[:, None] * (1 + np.asarray(_RESIDUALS))).ravel()
+    positive[0] = 0.0
+    table = [*positive, *-positive]
   elif name in ("shift", "pow2"):
     powers = 2.0 ** -np.arange(2 ** (bits - 1))
     positive = powers.copy()
@@ -144,9 +154,8 @@ def _search(name: str, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Sort a table: codes in the order of their values, midpoints, whether a tie goes up."""
   table = levels(name, bits)
   codes = np.flatnonzero(np.isfinite(table))
-  if _signed(name):
-    codes = codes[codes != 2 ** (bits - 1)]  # minus zero
-  codes = codes[np.argsort(table[codes], kind="stable")]
+  _, first = np.unique(table[codes], return_index=True)  # minus zero goes, and what rf8 has twice
+  codes = codes[first]
   values = table[codes].astype(np.float64)
   middles = ((values[1:] + values[:-1]) / 2).astype(np.float32)
   exact = middles == (values[1:] + values[:-1]) / 2

@@ -24,6 +24,12 @@ PROCEDURES: dict[str, entries.Procedure] = {
     "tests/merge/fuse_test.py",
     note="the heterogeneous half; the homogeneous one is merge.unconstrained",
   ),
+  "generalized Gaussian initialization": entries.Procedure(
+    "lib/models/gg_init.py",
+    "Wu et al., It takes a good model to train a good model, 2025, arXiv 2506.00486",
+    "tests/stats/generalized_gaussian_test.py",
+    note="variance over the number of inputs; the published code divides by that of outputs",
+  ),
   "linear mode connectivity": entries.Procedure(
     "lib/evaluate/connectivity.py",
     "Ito et al., Analysis of linear mode connectivity via permutation-based weight matching, "

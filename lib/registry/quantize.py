@@ -87,6 +87,13 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/quantize/decoupleq_test.py",
     note="norms are not tuned",
   ),
+  "compress.quantize.deepshape": entries.Entry(
+    factory="treesurgeon.compress.quantize.deepshape:deepshape",
+    paper="Wu et al., It takes a good model to train a good model, 2025, arXiv 2506.00486",
+    oracle="tests/compress/quantize/deepshape_test.py",
+    note="a kernel's own histogram, at exact quantiles; by weight error alone a coarser step gains "
+    "more bits",
+  ),
   "compress.quantize.dequantize": entries.Entry(
     factory="treesurgeon.compress.quantize.dequantize:dequantize",
     paper="Nagel et al., A white paper on neural network quantization, 2021, arXiv 2106.08295",

@@ -17,7 +17,8 @@ HARDWARE = {
   "e5m2": (8, ml_dtypes.float8_e5m2),
 }
 TABLES = [*((n, b) for n, (b, _) in HARDWARE.items()), ("e3m4", 8), ("e1m1", 3), ("nf", 4),
-          ("nf", 3), ("shift", 4), ("pow2", 3), ("sign", 1), ("ternary", 2)]  # fmt: skip
+          ("nf", 3), ("shift", 4), ("pow2", 3), ("sign", 1), ("ternary", 2),
+          ("rf8", 8)]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HARDWARE)
@@ -56,6 +57,23 @@ def test_normal_floats_are_those_of_qlora():
 def test_shifts_have_no_zero_and_pow2_has_one():
   assert (formats.levels("shift", 4) != 0).all()
   assert (formats.levels("pow2", 4) == 0).sum() == 1
+
+
+def test_rf8_holds_what_the_published_rounding_makes():
+  def leading(x):
+    power = np.round(np.log2(np.abs(x)))
+    return np.sign(x) * 2.0**power, power
+
+  x = RNG.choice([-1.0, 1.0], 4000) * 2.0 ** RNG.uniform(-14, 0.4, 4000)
+  first, high = leading(x)
+  second, low = leading(x - first)
+  theirs = first + np.where(high - low <= 4, second, 0)
+  table = formats.levels("rf8", 8)
+  assert set(theirs) <= set(table.astype(np.float64))
+  ours = table[np.asarray(formats.encode(jnp.asarray(x, jnp.float32), "rf8", 8))]
+  assert (np.abs(ours - x) <= np.abs(theirs - x) + 1e-7).all()
+  assert np.abs(ours / x - 1).max() < 1 / 8  # half of the widest gap, from 1.25 to 1.5
+  assert formats.encode(jnp.zeros(1), "rf8", 8).tolist() == [0]
 
 
 @pytest.mark.parametrize("rows", [1, 5, 12])
