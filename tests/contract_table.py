@@ -291,6 +291,13 @@ ROWS = (
     reduces=True,
   ),
   Row(
+    "compress.quantize.minifloat",
+    {"bits": 5, "group_size": 8},
+    {"bits": 4},
+    quantized,
+    adapts=True,
+  ),
+  Row(
     "compress.quantize.olive",
     {"bits": 8},
     {"bits": 4},

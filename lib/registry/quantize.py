@@ -154,6 +154,13 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/quantize/hqq_test.py",
     note="gains over min-max what the package does; groups along the inputs",
   ),
+  "compress.quantize.minifloat": entries.Entry(
+    factory="treesurgeon.compress.quantize.minifloat:minifloat",
+    paper="Aggarwal et al., Post-training quantization with low-precision minifloats and integers "
+    "on FPGAs, 2023, arXiv 2311.12359",
+    oracle="tests/compress/quantize/minifloat_test.py",
+    note="chooses a format for each kernel; the paper's are of a whole model",
+  ),
   "compress.quantize.olive": entries.Entry(
     factory="treesurgeon.compress.quantize.olive:olive",
     paper="Guo et al., OliVe, ISCA 2023, arXiv 2304.07493",
