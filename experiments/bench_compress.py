@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure whole compression commands against llm-compressor's, on a model of 100 million weights.
+"""Measure whole compression commands against llm-compressor's and GPTQModel's.
 
-python -P -m treesurgeon.experiments.bench_compress --peer=.venv-llmcompressor-3.11/bin/python
+python -P -m treesurgeon.experiments.bench_compress \
+  --llmcompressor=.venv-llmcompressor-3.11/bin/python --gptqmodel=.venv-peers-3.11/bin/python
 
-A Llama (width 768, 12 layers, vocabulary 8,192) of random weights, with gains of its norms as
-uneven as trained ones, is made once, and calibrated with text of the Python library. Every command
-is a process of its own that loads, calibrates, compresses and saves; its time is user plus system
-time, compilation included. One evaluator judges both results, on the calibration data and the
-original model's activations: "kernels" is the sum over kernels of ||X(W - Q)||² / ||X W||²,
+A Llama of 97 million weights (width 768, 12 layers, vocabulary 8,192), random and with gains of its
+norms as uneven as trained ones, is made once, and calibrated with text of the Python library. Every
+command is a process of its own that loads, calibrates, compresses and saves; its time is user plus
+system time, compilation included. One evaluator judges both results, on the calibration data and
+the original model's activations: "kernels" is the sum over kernels of ||X(W - Q)||² / ||X W||²,
 "blocks" the sum over layers of the change in what a block adds to its input, which also compares
 methods that move scales between layers. "rtn, streamed" is read and written leaf by leaf, against a
 copy of the file.
@@ -45,7 +46,7 @@ CASES = {
   "sparsegpt": ("compress.prune.sparsegpt(sparsity=0.5)", "kernels", 1.02),
 }
 TIME = 0.5
-ONESHOT = pathlib.Path(__file__).parents[1] / "tests" / "peers" / "llmcompressor_oneshot.py"
+SCRIPTS = pathlib.Path(__file__).parents[1] / "tests" / "peers"
 
 
 def make(folder: pathlib.Path, rows: int, length: int) -> None:
@@ -201,16 +202,21 @@ def race(
   )
   _show(found[-1])
   for who, python in peers.items():
+    if who == "GPTQModel" and not case.startswith("gptq"):
+      continue
     shutil.rmtree(out, ignore_errors=True)
-    script = [python, str(ONESHOT)]
-    used = bench_merge.measure(
-      [*script, "compress", case, str(folder / "model"), str(tokens), str(out)]
+    script = [python, str(SCRIPTS / f"{who.lower().replace('-', '')}_oneshot.py")]
+    files = [str(folder / "model"), str(tokens), str(out)]
+    used = bench_merge.measure([*script, case, *files])
+    made = out
+    if who == "llm-compressor":
+      bench_merge.measure([*script, "dense", str(out), str(plain)])
+      made = plain
+    found.append(
+      {"case": case, "who": who, **used, **errors(original, io.load(made), rows, moments)}
     )
-    bench_merge.measure([*script, "dense", str(out), str(plain)])
-    made = io.load(plain)
-    found.append({"case": case, "who": who, **used, **errors(original, made, rows, moments)})
     _show(found[-1])
-    shutil.rmtree(plain)
+    shutil.rmtree(plain, ignore_errors=True)
   shutil.rmtree(out, ignore_errors=True)
   return found
 
@@ -269,7 +275,8 @@ def main(argv: list[str]) -> None:
     return
   make(folder, values.rows, values.length)
   tokens = folder / f"tokens_{values.rows}x{values.length}.npy"
-  peers = {"llm-compressor": values.peer} if values.peer else {}
+  peers = {"llm-compressor": values.llmcompressor, "GPTQModel": values.gptqmodel}
+  peers = {who: python for who, python in peers.items() if python}
   found: list[dict[str, Any]] = []
   for case in values.cases:
     found += race(folder, case, peers, tokens, values.repeats)
@@ -300,7 +307,8 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   flags.DEFINE_string("scratch", None, "Where to put models; default: a temporary folder.")
-  flags.DEFINE_string("peer", None, "Python of llm-compressor's environment.")
+  flags.DEFINE_string("llmcompressor", None, "Python of an environment with llm-compressor.")
+  flags.DEFINE_string("gptqmodel", None, "Python of an environment with GPTQModel.")
   flags.DEFINE_list("cases", list(CASES), "Which cases.")
   flags.DEFINE_integer("rows", 128, "Calibration sequences.", 1)
   flags.DEFINE_integer("length", 256, "Tokens a calibration sequence.", 1)

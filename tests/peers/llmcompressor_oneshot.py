@@ -3,7 +3,7 @@
 
 In its own environment (`make test-peers` makes it):
 
-  python tests/peers/llmcompressor_oneshot.py compress gptq4 MODEL TOKENS.npy OUT
+  python tests/peers/llmcompressor_oneshot.py gptq4 MODEL TOKENS.npy OUT
   python tests/peers/llmcompressor_oneshot.py dense MODEL OUT
 
 The first is a whole command: it loads the model, calibrates on the rows of tokens, compresses and
@@ -93,10 +93,14 @@ def dense(model, out):
   folder = pathlib.Path(out)
   shutil.rmtree(folder, ignore_errors=True)
   folder.mkdir(parents=True)
-  state = {k: v.float().contiguous() for k, v in network.state_dict().items()}
+  # What a kernel was made from is still there beside it.
+  rest = ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+  state = {
+    k: v.float().contiguous() for k, v in network.state_dict().items() if not k.endswith(rest)
+  }
   save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
   (folder / "config.json").write_text(json.dumps(config))
 
 
 if __name__ == "__main__":
-  {"compress": compress, "dense": dense}[sys.argv[1]](*sys.argv[2:])
+  dense(*sys.argv[2:]) if sys.argv[1] == "dense" else compress(*sys.argv[1:])
