@@ -5,7 +5,8 @@
 
 One whole command: it loads the model, calibrates on the rows of tokens, quantizes and saves. The
 case is "gptq", the bits, and "order" for activation order. On two cores its pool of threads is one
-short of what its loader asks for, which is told to it; it asks for a tokenizer beside the model.
+short of what its loader asks for, which is told to it; it asks for a tokenizer beside the model,
+and leaves logs where it runs.
 """
 
 import os
@@ -24,8 +25,10 @@ def compress(what, model, tokens, out, group="128"):
   from tokenizers import Tokenizer, models
   from transformers import PreTrainedTokenizerFast
 
-  folder = pathlib.Path(out).with_suffix(".input")
+  out = pathlib.Path(out).resolve()
+  folder, rows = out.with_suffix(".input"), np.load(tokens).tolist()
   shutil.copytree(model, folder, dirs_exist_ok=True)
+  os.chdir(folder)
   PreTrainedTokenizerFast(
     tokenizer_object=Tokenizer(models.WordLevel({"x": 0}, unk_token="x")),
     pad_token="x", eos_token="x",
@@ -34,9 +37,10 @@ def compress(what, model, tokens, out, group="128"):
   more = {"desc_act": True, "act_group_aware": False} if order else {}
   config = QuantizeConfig(bits=int(what[4]), group_size=int(group), device="cpu", **more)
   network = GPTQModel.load(str(folder), config)
-  rows = [{"input_ids": r, "attention_mask": [1] * len(r)} for r in np.load(tokens).tolist()]
+  rows = [{"input_ids": r, "attention_mask": [1] * len(r)} for r in rows]
   network.quantize(rows, batch_size=BATCH)
-  network.save(out)
+  network.save(str(out))
+  os.chdir(out)
   shutil.rmtree(folder)
 
 
