@@ -234,6 +234,14 @@ ROWS = (
   Row("compress.quantize.bitstack_cut", {"budget": 0.995}, {"budget": 1.0}, stacked, adapts=True),
   Row("compress.quantize.bitstack_sort", {"select": STACK["select"]}, {}, stacked, reduces=True),
   Row(
+    "compress.quantize.cptquant",
+    {"average": 2.5, "choices": (2, 3), "group_size": 8},
+    {"choices": (2, 4)},
+    quantized,
+    reduces=True,
+    adapts=True,
+  ),
+  Row(
     "compress.quantize.decoupleq",
     {"bits": 2, "group_size": 8, "rounds": 1, "epochs": 0, "select": VQ["select"]},
     {"bits": 3},

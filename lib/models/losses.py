@@ -65,13 +65,16 @@ def inputs(batch: Batch) -> Array:
   return jnp.asarray(batch)
 
 
-def nll(spec: Any, params: Any, batch: Batch) -> Float[Array, ""]:
+def nll(
+  spec: Any, params: Any, batch: Batch, *, patch: taps.Patch | None = None
+) -> Float[Array, ""]:
   """Compute the mean negative log-likelihood of a batch's labels.
 
   Args:
     spec: architecture.
     params: parameters.
     batch: see the module.
+    patch: as `forward` takes it.
 
   Returns:
     Nats a label, float32.
@@ -83,7 +86,7 @@ def nll(spec: Any, params: Any, batch: Batch) -> Float[Array, ""]:
     >>> round(float(nll(spec, params, jnp.zeros((1, 3), jnp.int32))), 1)
     1.6
   """
-  logits, labels, weights = predictions(spec, params, batch)
+  logits, labels, weights = predictions(spec, params, batch, patch=patch)
   each = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
   return jnp.sum(each * weights) / jnp.maximum(jnp.sum(weights), 1.0)
 

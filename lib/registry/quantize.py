@@ -81,6 +81,13 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/quantize/bitstack_test.py",
     note="one pass over the batches for every block but the first ones",
   ),
+  "compress.quantize.cptquant": entries.Entry(
+    factory="treesurgeon.compress.quantize.cptquant:cptquant",
+    paper="Nanda et al., CPTQuant, 2024, arXiv 2412.03599",
+    oracle="tests/compress/quantize/cptquant_test.py",
+    note="widths meet a budget, by the shared solver, where the code clusters layers; measures "
+    "repaired, see the module",
+  ),
   "compress.quantize.decoupleq": entries.Entry(
     factory="treesurgeon.compress.quantize.decoupleq:decoupleq",
     paper="Guo et al., decoupleQ, 2024, arXiv 2404.12759",
