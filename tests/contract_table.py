@@ -326,12 +326,21 @@ ROWS = (
     done("compress.quantize.ptq161", epochs=0, select=VQ["select"]),
     reduces=True,
   ),
+  # Neutral where nothing is turned.
+  Row("compress.quantize.quarot", {}, {"places": ()}, reduces=True),
   Row("compress.quantize.rtn", {"bits": 3, "group_size": 8}, {"bits": 4}, quantized),
   Row(
     "compress.quantize.smoothquant",
     {"alpha": 0.8},
     {"alpha": 0.5},
     done("compress.quantize.smoothquant"),
+    reduces=True,
+  ),
+  # At a larger rate the order of sums decides what is rounded how, and so the turns.
+  Row(
+    "compress.quantize.spinquant",
+    {"steps": 2, "rate": 1e-5},
+    {"places": ()},
     reduces=True,
   ),
   Row(
@@ -514,6 +523,7 @@ FULL = {
   "merge.ties", "merge.tsv_merge",
 }  # fmt: skip
 LEARN = {
+  "compress.quantize.spinquant",
   "compress.quantize.tune_scales",
   "compress.quantize.gqsa",
   "compress.quantize.ptq161",

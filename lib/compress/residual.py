@@ -106,8 +106,53 @@ def rotate(m: model_lib.Model, q: Float[Array, "dim new"]) -> model_lib.Model:
       "rows and no more columns"
     )
   m = fold_norms(m)
-  params = programs.compiled(_rotate, (("spec", m.spec),))(m.params, {"q": q})
+  params = programs.compiled(turn, (("spec", m.spec),))(m.params, {"q": q})
   return m.replace(spec=dataclasses.replace(m.spec, d_model=cols), params=params)
+
+
+def turn(
+  params: Mapping[str, Any], q: Float[Array, "dim new"], *, spec: models.Spec
+) -> dict[str, Any]:
+  """Do to parameters whose norms are folded what `rotate` does; to be traced.
+
+  Args:
+    params: nested parameters.
+    q: as for `rotate`.
+    spec: the architecture.
+
+  Returns:
+    Nested parameters, in their dtypes.
+
+  Example:
+    >>> spec = models.Spec(vocab_size=5, d_model=4, num_layers=1, num_heads=1, d_ff=8)
+    >>> params = models.init(spec, jax.random.key(0))
+    >>> turn(params, jnp.eye(4)[:, :2], spec=spec)["lm_head"]["kernel"].shape
+    (2, 5)
+  """
+  outer = paths.walk({k: v for k, v in params.items() if k != "layers"})
+  readers = [name for kernels in reads(spec).values() for name in kernels]
+
+  def change(flat: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    out = dict(flat)
+    for name in readers:
+      out[f"{name}/kernel"] = into(flat[f"{name}/kernel"], q)
+    for name in WRITES:
+      for leaf in (f"{name}/kernel", f"{name}/bias"):
+        if leaf in flat:
+          out[leaf] = onto(flat[leaf], q)
+    for norm in reads(spec):
+      out[f"{norm}/scale"] = flat[f"{norm}/scale"][..., : q.shape[1]]
+    return out
+
+  for name in TABLES:
+    if name in outer:
+      outer[name] = onto(outer[name], q)
+  if "lm_head/kernel" in outer:
+    outer["lm_head/kernel"] = into(outer["lm_head/kernel"], q)
+  if "final_norm/scale" in outer:
+    outer["final_norm/scale"] = outer["final_norm/scale"][: q.shape[1]]
+  layers = over_layers({"layers": params["layers"]}, change)
+  return {**paths.nest(outer), **layers}
 
 
 def check(m: model_lib.Model) -> None:
@@ -197,33 +242,6 @@ def _fold(params: Mapping[str, Any], *, spec: models.Spec) -> dict[str, Any]:
   for name in TABLES:
     if name in outer and layered:
       outer[name] = _centred(outer[name])
-  layers = over_layers({"layers": params["layers"]}, change)
-  return {**paths.nest(outer), **layers}
-
-
-def _rotate(params: Mapping[str, Any], q: jax.Array, *, spec: models.Spec) -> dict[str, Any]:
-  outer = paths.walk({k: v for k, v in params.items() if k != "layers"})
-  readers = [name for kernels in reads(spec).values() for name in kernels]
-
-  def change(flat: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    out = dict(flat)
-    for name in readers:
-      out[f"{name}/kernel"] = into(flat[f"{name}/kernel"], q)
-    for name in WRITES:
-      for leaf in (f"{name}/kernel", f"{name}/bias"):
-        if leaf in flat:
-          out[leaf] = onto(flat[leaf], q)
-    for norm in reads(spec):
-      out[f"{norm}/scale"] = flat[f"{norm}/scale"][..., : q.shape[1]]
-    return out
-
-  for name in TABLES:
-    if name in outer:
-      outer[name] = onto(outer[name], q)
-  if "lm_head/kernel" in outer:
-    outer["lm_head/kernel"] = into(outer["lm_head/kernel"], q)
-  if "final_norm/scale" in outer:
-    outer["final_norm/scale"] = outer["final_norm/scale"][: q.shape[1]]
   layers = over_layers({"layers": params["layers"]}, change)
   return {**paths.nest(outer), **layers}
 

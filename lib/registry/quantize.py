@@ -189,6 +189,12 @@ TABLE: dict[str, entries.Entry] = {
     note="learned scales better than analytic ones in three seeds, and than signs alone, which "
     "take half the bits at width 128; without the preprocessing, which trains adapters first",
   ),
+  "compress.quantize.quarot": entries.Entry(
+    factory="treesurgeon.compress.quantize.quarot:quarot",
+    paper="Ashkboos et al., QuaRot, 2024, arXiv 2404.00456",
+    oracle="tests/compress/quantize/quarot_test.py",
+    note="what hides in weights: stream and heads; nothing is turned at run time",
+  ),
   "compress.quantize.rtn": entries.Entry(
     factory="treesurgeon.compress.quantize.rtn:rtn",
     paper="Nagel et al., A white paper on neural network quantization, 2021, arXiv 2106.08295",
@@ -200,6 +206,12 @@ TABLE: dict[str, entries.Entry] = {
     paper="Xiao et al., SmoothQuant, 2022, arXiv 2211.10438",
     oracle="tests/compress/quantize/smoothquant_test.py",
     note="keeps outputs to rounding; what follows it must quantize activations too",
+  ),
+  "compress.quantize.spinquant": entries.Entry(
+    factory="treesurgeon.compress.quantize.spinquant:spinquant",
+    paper="Liu et al., SpinQuant, 2024, arXiv 2405.16406",
+    oracle="tests/compress/quantize/quarot_test.py",
+    note="turns of stream and heads; Cayley steps are solved for, not iterated",
   ),
   "compress.quantize.spqr": entries.Entry(
     factory="treesurgeon.compress.quantize.spqr:spqr",
