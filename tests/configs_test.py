@@ -14,6 +14,7 @@ LAUNCHERS = {
   "directions": "directions",
   "facts": "train_facts",
   "merge_bench": "merge_bench",
+  "minifloat": "minifloat_study",
   "prune": "prune_directions",
   "ptq_study": "ptq_study",
   "quickstart": "run",

@@ -110,7 +110,9 @@ def test_images_may_come_flat(name):
   np.testing.assert_array_equal(flat, models.forward(m.spec, m.params, x).logits)
 
 
-@every
+@pytest.mark.parametrize(
+  "name", [pytest.param(n, marks=pytest.mark.slow) if n == "vit" else n for n in SPECS]
+)
 def test_every_kernel_is_fed_by_its_tap(name):
   """What a tap shows has as many columns as its kernel has rows, and yields the moments."""
   m = make(name)
