@@ -485,6 +485,7 @@ EXTRA = (
   # Settings whose code path differs enough to hold the laws by itself.
   Row("compress.prune.magnitude", {"per": "model"}, {"sparsity": 0.0}),
   Row("compress.prune.wanda", {"pattern": "2:4", "packed": True}, {"pattern": "4:4"}),
+  Row("compress.quantize.quarot", {"places": ("down",)}, {"places": ()}, reduces=True),
   Row(
     "merge.breadcrumbs",
     {"density": 0.3, "gamma": 0.1, "granularity": "row"},

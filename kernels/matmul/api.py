@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from treesurgeon.core import leaves
+from treesurgeon.core import hadamard, leaves
 from treesurgeon.kernels.matmul import reference, xla
 
 
@@ -44,7 +44,7 @@ def matmul(
   """Multiply activations by a kernel matrix, dense or compressed.
 
   A low-rank leaf is two thin products, a sum of leaves or of rows a sum of products in float32,
-  a leaf of few different columns a product with those. Under
+  a leaf of few different columns a product with those, a turned one with turned inputs. Under
   `vmap`, `scan` over stacked leaves, and differentiation it behaves like `jnp.matmul`.
 
   Args:
@@ -108,6 +108,8 @@ def _product(x: jax.Array, leaf: Any, implementation: str | None) -> jax.Array:
     return leaf.scale * _product(thin, leaf.b, implementation)
   if isinstance(leaf, leaves.ActivationQuantized):
     return xla.integers(x, leaf)
+  if isinstance(leaf, leaves.Rotated):
+    return _product(hadamard.transform(x), leaf.weight, implementation)
   if isinstance(leaf, leaves.ClusteredColumns):
     return jnp.take(_product(x, leaf.centroids, implementation), leaf.index[0], axis=-1)
   if isinstance(leaf, leaves.SplitRows):

@@ -20,14 +20,15 @@ BLOCK = 32  # order of the Sylvester factors that a product goes through one by 
 TWOS = 4  # that a core takes at most, so that it stays small
 
 
-def transform(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+def transform(x: Float[Array, "*batch n"], *, back: bool = False) -> Float[Array, "*batch n"]:
   """Multiply by `matrix(n)` from the right, in n log n.
 
   Args:
     x: any vectors.
+    back: multiply by the transposed matrix, its inverse.
 
   Returns:
-    x H, in the dtype of `x`; computed in float32.
+    x H or x Hᵀ, in the dtype of `x`; computed in float32.
 
   Example:
     >>> transform(jnp.array([1.0, 0.0, 0.0, 0.0])).tolist()
@@ -37,7 +38,7 @@ def transform(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
   parts = factors(n)
   y = x.astype(jnp.float32).reshape(*batch, *(len(f) for f in parts))
   for f in parts:  # the first factor's axis goes last, so after all of them they stand in order
-    y = jnp.tensordot(y, jnp.asarray(f), axes=((len(batch),), (0,)), precision="highest")
+    y = jnp.tensordot(y, jnp.asarray(f), axes=((len(batch),), (int(back),)), precision="highest")
   return (y.reshape(x.shape) * n**-0.5).astype(x.dtype)
 
 

@@ -193,7 +193,7 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.compress.quantize.quarot:quarot",
     paper="Ashkboos et al., QuaRot, 2024, arXiv 2404.00456",
     oracle="tests/compress/quantize/quarot_test.py",
-    note="what hides in weights: stream and heads; nothing is turned at run time",
+    note="stream and heads, and down on request; not across heads, nor queries and keys",
   ),
   "compress.quantize.rtn": entries.Entry(
     factory="treesurgeon.compress.quantize.rtn:rtn",

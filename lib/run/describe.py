@@ -97,6 +97,8 @@ def kind(leaf: Any) -> str:
       how = "static" if leaf.scale is not None else f"per {leaf.per}"
       name = f"int{leaf.bits}" if leaf.format == "int" else leaf.format
       return f"{kind(leaf.weight)}, inputs {name} {how}"
+    case leaves.Rotated():
+      return f"{kind(leaf.weight)}, inputs turned"
     case leaves.SignedLowRank():
       return f"signs x rank {leaf.rank} {leaf.a.dtype.name}"
     case leaves.ClusteredColumns():

@@ -94,7 +94,9 @@ def refuse_twice(transform: step.Transform, source: needs.Source) -> None:
 
 def _weight(leaf: Any) -> Any:
   """Return what of a leaf is rounded once and for all; its inputs are anew in every pass."""
-  return leaf.weight if isinstance(leaf, leaves.ActivationQuantized) else leaf
+  while isinstance(leaf, leaves.ActivationQuantized | leaves.Rotated):
+    leaf = leaf.weight
+  return leaf
 
 
 def _quantized(leaf: Any) -> bool:

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, UInt32
 
+from treesurgeon.core import hadamard
+
 SAMPLES = 512  # input vectors that "samples" keeps
 
 Part = Any  # an array; a shape while a transform is only planned
@@ -54,6 +56,11 @@ class SecondMoment:
   def mean(self) -> Float[Array, "n n"]:
     """Divide by the number of tokens."""
     return self.moment / self.count
+
+  def turned(self) -> "SecondMoment":
+    """Return what it is of inputs turned as `leaves.Rotated` turns them."""
+    half = hadamard.transform(self.moment)
+    return SecondMoment(hadamard.transform(jnp.swapaxes(half, -1, -2)), self.count)
 
 
 @jax.tree_util.register_dataclass

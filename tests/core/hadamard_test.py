@@ -36,6 +36,8 @@ def test_orders_that_models_have_are_hadamard_matrices():
 def test_the_fast_product_is_the_matrix(n):
   x = np.random.default_rng(0).normal(size=(2, 3, n)).astype(np.float32)
   np.testing.assert_allclose(hadamard.transform(jnp.asarray(x)), x @ dense(n), atol=1e-5)
+  back = hadamard.transform(jnp.asarray(x), back=True)
+  np.testing.assert_allclose(back, x @ dense(n).T, atol=1e-5)
   np.testing.assert_allclose(hadamard.matrix(n), dense(n), atol=1e-6)
 
 

@@ -60,6 +60,7 @@ def activations(
     select=select,
     wants={"inputs": needs.Statistic("absmax")} if static else {},
     raw=True,
+    inside=True,
   )
 
 

@@ -170,7 +170,14 @@ def gptq(
     raise ValueError(f"damping={damping}: valid is 0 to 1, usually 0.01")
   wants = {"hessian": needs.Statistic("second_moment")}
   return step.over_leaves(
-    _leaves, hyper=hyper, select=select, wants=wants, raw=True, shared="hessian", scope="block"
+    _leaves,
+    hyper=hyper,
+    select=select,
+    wants=wants,
+    raw=True,
+    shared="hessian",
+    inside=True,
+    scope="block",
   )
 
 

@@ -139,7 +139,7 @@ def hqq(
       f"beta={beta}, kappa={kappa}, iterations={iterations}: beta is positive, kappa is 1 or more, "
       "iterations are not negative"
     )
-  return step.over_leaves(_leaf, hyper=hyper, select=select, raw=True)
+  return step.over_leaves(_leaf, hyper=hyper, select=select, raw=True, inside=True)
 
 
 def _leaf(w: Any, *, bits: int, group_size: int, **hyper: Any) -> Any:

@@ -2,17 +2,20 @@
 """QuaRot: turn what is quantized by Hadamard matrices, which spread outliers; no output changes.
 
 Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs" (arXiv 2404.00456). Two
-turns hide in the weights, so that any quantizer can follow and a checkpoint stays what it is:
+turns hide in the weights, so that any quantizer can follow and a checkpoint stays what it is, and
+one takes place in every forward pass:
 
 * "stream": norms are folded into the kernels behind them and hidden states h become h Q, with Q a
   Hadamard matrix whose rows have random signs (`compress.residual`). A tied head is untied. Layer
   norms become RMS norms of centred states, which families with layer norms have no files for.
 * "heads": the values of every head are turned by a Hadamard matrix, and the rows of o back;
   attention mixes positions, not channels. Query heads that share a value head share its turn.
+* "down", on request: the inputs of down, which have the worst outliers, by a `leaves.Rotated`, in
+  which RTN, HQQ, GPTQ and `activations` quantize what it holds. Any other method, and files for
+  other programs, take the turn off again, which changes no output either.
 
-Widths that are no power of two: see `core.hadamard`. What the paper turns at run time is left out:
-across heads before o and the inputs of down, for which a file has no operator, and queries and
-keys, which only a quantized cache needs. So the inputs of down keep their outliers.
+Widths that are no power of two: see `core.hadamard`. Left out of what the paper turns at run time:
+across heads before o, and queries and keys, which only a quantized cache needs.
 """
 
 import functools
@@ -28,7 +31,9 @@ from treesurgeon.compress import residual
 from treesurgeon.core import hadamard, leaves, needs, paths, programs, step, tuning
 from treesurgeon.core import model as model_lib
 
-PLACES = ("stream", "heads")
+PLACES = ("stream", "heads")  # what hides in the weights
+EVERY = (*PLACES, "down")
+DOWN = "mlp/down/kernel"
 
 
 def start(
@@ -39,7 +44,7 @@ def start(
   Args:
     m: the model.
     key: decides on the signs of the stream's.
-    places: which of `PLACES`.
+    places: which of `EVERY`; "down" has but one turn and is not in the result.
 
   Returns:
     "stream", (d_model, d_model), and "heads", (layers, head_dim, head_dim), all alike; float32.
@@ -103,12 +108,15 @@ def turn_heads(
   return {**params, "layers": layers}
 
 
-def turned(m: model_lib.Model, turns: Mapping[str, jax.Array]) -> model_lib.Model:
+def turned(
+  m: model_lib.Model, turns: Mapping[str, jax.Array], *, down: bool = False
+) -> model_lib.Model:
   """Write a network in another basis.
 
   Args:
     m: the model; not modified.
     turns: as `start` returns, or some of them.
+    down: turn the inputs of down at run time.
 
   Returns:
     A model of the same function, in its dtypes.
@@ -123,6 +131,8 @@ def turned(m: model_lib.Model, turns: Mapping[str, jax.Array]) -> model_lib.Mode
     m = residual.rotate(m, turns["stream"])
   if "heads" in turns:
     m = m.replace(params=programs.compiled(turn_heads, ())(m.params, {"r": turns["heads"]}))
+  if down:
+    m = m.replace(params=programs.compiled(_hold, ())(m.params, {}))
   return m
 
 
@@ -139,8 +149,8 @@ def check(places: Sequence[str]) -> None:
     >>> check(("heads",))
   """
   for place in places:
-    if place not in PLACES:
-      raise ValueError(f"places={tuple(places)}: {place!r} is none; valid: {', '.join(PLACES)}")
+    if place not in EVERY:
+      raise ValueError(f"places={tuple(places)}: {place!r} is none; valid: {', '.join(EVERY)}")
 
 
 @step.method("compress.quantize.quarot")
@@ -148,7 +158,7 @@ def quarot(*, places: tuple[str, ...] = PLACES) -> step.Step:
   """Turn a network's stream and heads by Hadamard matrices; to be followed by a quantizer.
 
   Args:
-    places: "stream", "heads" or both; none is the neutral setting.
+    places: of "stream", "heads" and "down"; none is the neutral setting.
 
   Returns:
     A transform of whole models; it folds norms, and unties a tied head.
@@ -168,7 +178,7 @@ def quarot(*, places: tuple[str, ...] = PLACES) -> step.Step:
 
   def apply(m: model_lib.Model, evidence: needs.Evidence, key: jax.Array) -> model_lib.Model:
     del evidence
-    return m if not places else turned(m, start(m, key, places))
+    return m if not places else turned(m, start(m, key, places), down="down" in places)
 
   return tuning.over_model(apply, {})
 
@@ -178,3 +188,7 @@ def _start(key: jax.Array, *, width: int, layers: int, head: int) -> dict[str, j
   signs = jax.random.rademacher(key, (width, 1), jnp.float32)
   heads = jnp.broadcast_to(hadamard.matrix(head), (layers, head, head))
   return {"stream": signs * hadamard.matrix(width), "heads": heads}
+
+
+def _hold(params: Mapping[str, Any]) -> dict[str, Any]:
+  return residual.over_layers(params, lambda flat: {**flat, DOWN: leaves.Rotated.of(flat[DOWN])})

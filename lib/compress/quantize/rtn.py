@@ -101,7 +101,7 @@ def rtn(
     "scale_dtype": scale_dtype, "format": format, "group_cols": group_cols,
   }  # fmt: skip
   grids.check(**hyper)
-  return step.over_leaves(_leaf, hyper=hyper, select=select, raw=True)
+  return step.over_leaves(_leaf, hyper=hyper, select=select, raw=True, inside=True)
 
 
 def _leaf(

@@ -11,7 +11,7 @@ As in the published code a is at most 1 / |Y|_1, momentum is none and weights ha
 Differences: the inverse is solved for, not iterated; inputs are symmetric, as those of
 `compress.quantize.activations`; ranges of weights are not searched; the rate falls linearly, as in
 the paper, not by a cosine. Turns that do no better than the start on all the batches are dropped
-for it. Keys, values and the inputs of down that are turned at run time: see `quarot`.
+for it. The inputs of down are turned by a Hadamard matrix on request; of the rest see `quarot`.
 """
 
 import functools
@@ -29,7 +29,7 @@ from treesurgeon.compress import residual
 from treesurgeon.compress.distill import losses
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.compress.quantize import quarot
-from treesurgeon.core import descend, leaves, needs, step, tuning
+from treesurgeon.core import descend, hadamard, leaves, needs, step, tuning
 from treesurgeon.core import model as model_lib
 
 INPUTS = ("attn/in", "attn/o/in", "mlp/in", "mlp/down/in")
@@ -92,7 +92,7 @@ def cayley(rate: float, steps: int) -> optax.GradientTransformation:
 
 
 def loss(
-  plan: tuple[Any, int | None, int | None],
+  plan: tuple[Any, int | None, int | None, bool],
   turns: Mapping[str, jax.Array],
   batch: Any,
   key: Any,
@@ -101,7 +101,8 @@ def loss(
   """Compute the loss of a turned and quantized network, whose rounding lets gradients through.
 
   Args:
-    plan: (architecture, width of weights, width of inputs); None does not round.
+    plan: (architecture, width of weights, width of inputs, whether those of down are turned); None
+      does not round.
     turns: as `quarot.start` returns.
     batch: tokens.
     key: unused.
@@ -111,14 +112,14 @@ def loss(
     Nats a token.
   """
   del key
-  spec, bits, inputs = plan
+  spec, bits, inputs, down = plan
   if "stream" in turns:
     params = residual.turn(params, turns["stream"], spec=spec)
   if "heads" in turns:
     params = quarot.turn_heads(params, turns["heads"])
   if bits is not None:
-    params = residual.over_layers(params, functools.partial(_rounded, bits=bits))
-  patch = None if inputs is None else functools.partial(_round_inputs, bits=inputs)
+    params = residual.over_layers(params, functools.partial(_rounded, bits=bits, down=down))
+  patch = None if inputs is None else functools.partial(_round_inputs, bits=inputs, down=down)
   return losses.cross_entropy(*models.predictions(spec, params, batch, patch=patch))
 
 
@@ -164,11 +165,11 @@ def spinquant(
   def apply(m: model_lib.Model, evidence: needs.Evidence, key: jax.Array) -> model_lib.Model:
     if not places:
       return m
-    turns, told = quarot.start(m, key, places), {}
+    turns, told, down = quarot.start(m, key, places), {}, "down" in places
     batches = list(evidence["batches"])
-    if steps and tuning.learnable(m, batches):
+    if turns and steps and tuning.learnable(m, batches):
       folded = residual.fold_norms(m) if "stream" in places else m
-      plan = (folded.spec, bits, inputs)
+      plan = (folded.spec, bits, inputs, down)
       learned, _ = descend.minimize(
         loss, turns, batches, folded.params, optimizer=cayley(rate, steps), steps=steps, spec=plan
       )
@@ -177,32 +178,37 @@ def spinquant(
       turns = {n: jnp.where(better, q, turns[n]) for n, q in learned.items()}
       if not isinstance(first, jax.core.Tracer):
         told = {"first_loss": float(first), "last_loss": float(last)}
-    return tuning.noted(quarot.turned(m, turns), {"steps": steps, **told})
+    return tuning.noted(quarot.turned(m, turns, down=down), {"steps": steps, **told})
 
   return tuning.over_model(apply, {"batches": needs.Batches()})
 
 
-def _rounded(flat: Mapping[str, jax.Array], *, bits: int) -> dict[str, jax.Array]:
+def _rounded(flat: Mapping[str, jax.Array], *, bits: int, down: bool) -> dict[str, jax.Array]:
   """Round kernels to nearest on a grid a column; gradients pass as if nothing were rounded."""
   out = dict(flat)
   for name, w in flat.items():
     if name.endswith("kernel"):
-      held, rows = jax.lax.stop_gradient(w), w.shape[-2]
-      fitted = grids.fit(held, bits=bits, group_size=rows, symmetric=True)
-      near = grids.dequantize(grids.round_to(held, fitted, bits=bits), fitted, bits=bits)
+      held, turned = jax.lax.stop_gradient(w), down and name == quarot.DOWN
+      inner = leaves.Rotated.of(held).weight if turned else held
+      fitted = grids.fit(inner, bits=bits, group_size=w.shape[-2], symmetric=True)
+      near = grids.dequantize(grids.round_to(inner, fitted, bits=bits), fitted, bits=bits)
+      near = leaves.Rotated(near).dense() if turned else near
       out[name] = w + (near - held).astype(w.dtype)
   return out
 
 
-def _round_inputs(name: str, x: jax.Array, layer: jax.Array, *, bits: int) -> jax.Array:
+def _round_inputs(name: str, x: jax.Array, layer: jax.Array, *, bits: int, down: bool) -> jax.Array:
   """Round what kernels read, token by token, as `compress.quantize.activations` does."""
   del layer
   if name not in INPUTS:
     return x
-  held = jax.lax.stop_gradient(x)
+  held, turned = jax.lax.stop_gradient(x), down and name == "mlp/down/in"
+  inner = hadamard.transform(held) if turned else held
   how = leaves.ActivationQuantized(None, None, bits=bits)
-  scales = how.scales_of(held)
-  return x + (how.codes_of(held, scales) * scales - held).astype(x.dtype)
+  scales = how.scales_of(inner)
+  near = how.codes_of(inner, scales) * scales
+  near = hadamard.transform(near, back=True) if turned else near
+  return x + (near - held).astype(x.dtype)
 
 
 def _mean(plan: tuple[Any, ...], turns: Any, batches: Sequence[Any], params: Any) -> jax.Array:

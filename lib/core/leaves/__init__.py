@@ -27,6 +27,7 @@ from treesurgeon.core.leaves.low_rank import LowRank
 from treesurgeon.core.leaves.outlier_victim import OutlierVictim
 from treesurgeon.core.leaves.outliers import Outliers
 from treesurgeon.core.leaves.quantized import QuantizedTensor
+from treesurgeon.core.leaves.rotated import Rotated
 from treesurgeon.core.leaves.signed import SignedLowRank
 from treesurgeon.core.leaves.sparse import SparseTensor
 from treesurgeon.core.leaves.split_rows import SplitRows
@@ -44,6 +45,7 @@ __all__ = [
   "OutlierVictim",
   "Outliers",
   "QuantizedTensor",
+  "Rotated",
   "SignedLowRank",
   "SparseTensor",
   "SplitRows",

@@ -15,6 +15,7 @@ from treesurgeon.core.leaves import (
   outlier_victim,
   outliers,
   quantized,
+  rotated,
   signed,
   sparse,
   split_rows,
@@ -27,6 +28,7 @@ TYPES: Mapping[str, type] = {
     quantized.QuantizedTensor, sparse.SparseTensor, codebook.Codebook, low_rank.LowRank,
     outliers.Outliers, inputs.ActivationQuantized, summed.Sum, split_rows.SplitRows,
     signed.SignedLowRank, clustered.ClusteredColumns, group_sparse.GroupSparse,
+    rotated.Rotated,
     outlier_victim.OutlierVictim,
   )
 }  # fmt: skip

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from treesurgeon import models
+from treesurgeon import models, stats
 from treesurgeon.compress import residual
-from treesurgeon.compress.quantize import activations, quarot, rtn, spinquant
-from treesurgeon.core import descend, model
+from treesurgeon.compress.quantize import activations, gptq, quarot, rtn, spinquant
+from treesurgeon.core import descend, hadamard, leaves, model, paths
 from treesurgeon.models import hf
-from treesurgeon.run import collect, drivers
+from treesurgeon.run import collect, describe, drivers
 
 SPEC = models.Spec(
   vocab_size=64, d_model=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=32,
@@ -116,6 +116,42 @@ def test_outliers_spread_and_four_bits_cost_less():
   assert error(out) < 0.8 * min(error(m), error(folded))
 
 
+def test_what_down_reads_is_turned_at_run_time():
+  m = planted()
+  some, every = np.array([2, 5]), quarot.quarot(places=quarot.EVERY)
+  loud = {a: m.leaf(a).at[:, some].multiply(20.0) for a in m.addresses() if "/up/" in a}
+  deaf = {a: m.leaf(a).at[some].divide(20.0) for a in m.addresses() if "/down/" in a}
+  m = m.update({**loud, **deaf})
+  out = apply(every, m)
+  np.testing.assert_allclose(logits(out), logits(m), atol=1e-4 * np.abs(logits(m)).max())
+  leaf = apply(every + W4A4, m).leaf("layers/1/mlp/down/kernel")
+  assert isinstance(leaf, leaves.Rotated) and isinstance(leaf.weight, leaves.ActivationQuantized)
+  assert describe.kind(leaf) == "int4 column, inputs int4 per token, inputs turned"
+  # What rounding the inputs of down alone costs.
+  four = activations.activations(bits=4, select="layers/.*/mlp/down/kernel")
+  made = (apply(t + four, m) for t in (every, quarot.quarot()))
+  wrong = [np.linalg.norm(logits(x) - logits(m)) for x in made]
+  assert wrong[0] < 0.75 * wrong[1]
+  with pytest.raises(ValueError, match="down/kernel is compressed"):
+    quarot.start(out, jax.random.key(0))
+
+
+def test_gptq_works_in_the_turned_basis():
+  rng = np.random.default_rng(4)
+  w, x = (rng.normal(size=s).astype(np.float32) for s in ((12, 5), (40, 12)))
+  a, (one,) = "layers/0/mlp/down/kernel", gptq.gptq(bits=4, group_size=4)
+  h = np.asarray(hadamard.matrix(12))
+  made = []
+  for leaf, seen in ((leaves.Rotated.of(jnp.asarray(w)), x), (jnp.asarray(h.T @ w), x @ h)):
+    state = stats.FOLDS["second_moment"].update(
+      stats.FOLDS["second_moment"].init(12), jnp.asarray(seen)
+    )
+    m = model.Model(None, paths.unflatten({a: leaf}))
+    made.append(one.apply(m, {"hessian": {a: state}}, jax.random.key(0)).leaf(a))
+  assert isinstance(made[0], leaves.Rotated)
+  np.testing.assert_allclose(made[0].weight.dense(), made[1].dense(), atol=1e-6)
+
+
 def test_a_cayley_step_is_the_formula():
   rng = np.random.default_rng(2)
   r = np.linalg.qr(rng.normal(size=(3, 6, 6)))[0]
@@ -154,7 +190,7 @@ def test_turns_are_learned_from_rounding_alone():
   slope = jax.jit(jax.grad(spinquant.loss, argnums=1), static_argnums=0)
   steep = {}
   for bits in (None, 4):
-    g = slope((folded.spec, bits, bits), turns, text()[0], None, folded.params)
+    g = slope((folded.spec, bits, bits, True), turns, text()[0], None, folded.params)
     for name, r in turns.items():
       along = np.asarray(r @ jnp.swapaxes(g[name], -1, -2))
       steep[name, bits] = np.abs(along - np.swapaxes(along, -1, -2)).max()
@@ -201,8 +237,8 @@ def climb(plan, turns, batch, key, params):
 
 
 def test_what_cannot_be_turned_is_named():
-  with pytest.raises(ValueError, match=r"'down' is none; valid: stream, heads"):
-    quarot.quarot(places=("down",))
+  with pytest.raises(ValueError, match=r"'queries' is none; valid: stream, heads, down"):
+    quarot.quarot(places=("queries",))
   with pytest.raises(ValueError, match=r"bits=16: .* from 1 to 8, or None"):
     spinquant.spinquant(bits=16)
   with pytest.raises(ValueError, match=r"inputs=1: .* from 2 to 8, or None"):

@@ -85,7 +85,11 @@ def split_rows():
   return leaves.SplitRows(few, rest, packing.pack(jnp.asarray(mask), bits=1))
 
 
-@pytest.mark.parametrize("make", [sparse, codebook, low_rank, clustered, split_rows])
+def rotated():
+  return leaves.Rotated(low_rank())
+
+
+@pytest.mark.parametrize("make", [sparse, codebook, low_rank, clustered, split_rows, rotated])
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
 def test_other_leaves(make, batch):
   leaf = make()
