@@ -4,7 +4,6 @@
 python -P -m treesurgeon.experiments.prune_directions --config=configs/prune.py --workdir=DIR
 """
 
-import functools
 import itertools
 import json
 import pathlib
@@ -16,16 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
-from rich import console, table
 
-from treesurgeon import models, registry
+from treesurgeon import registry
 from treesurgeon.core import leaves
 from treesurgeon.core import model as model_lib
+from treesurgeon.experiments import small_decoder
 from treesurgeon.run import collect, drivers
-from treesurgeon.train import loop, tasks
-
-TEXTS = ("prose", "code")  # the general one first
-Numbers = dict[str, dict[str, float]]  # "arm at cut" -> quantity -> value
 
 
 def main(argv: list[str]) -> None:
@@ -43,38 +38,15 @@ def main(argv: list[str]) -> None:
     runs.append(measure(config.to_dict(), seed))
     (workdir / "results.json").write_text(json.dumps(runs, indent=1) + "\n")
   rows = [(n, q) for n, found in runs[0].items() for q in found]
-  _show(("arm", "", "by seed"), [(n, q, [r[n][q] for r in runs]) for n, q in rows], "{:.4f}")
-  verdicts = []
-  for text, low, high, quantity, cuts in config.claims:
-    for cut in cuts:
-      values = [value(r, low, high, quantity, cut) for r in runs]
-      held = "reproduced" if max(values) < 0 else "not reproduced" if min(values) >= 0 else "mixed"
-      verdicts.append((f"{text}, {cut}", held, values))
-  _show(("claim", "verdict", "by seed (below 0 holds)"), verdicts, "{:+.4f}")
+  small_decoder.show(
+    ("arm", "", "by seed"), [(n, q, [r[n][q] for r in runs]) for n, q in rows], "{:.4f}"
+  )
+  verdicts = small_decoder.verdicts(runs, config.claims)
+  small_decoder.show(("claim", "verdict", "by seed (below 0 holds)"), verdicts, "{:+.4f}")
   (workdir / "claims.json").write_text(json.dumps(verdicts, indent=1) + "\n")
 
 
-def value(found: Numbers, low: str, high: str, quantity: str, cut: str) -> float:
-  """Evaluate a claim.
-
-  Args:
-    found: a seed's numbers.
-    low: the arm that shall have less.
-    high: the arm that shall have more.
-    quantity: of what.
-    cut: where.
-
-  Returns:
-    The difference; negative where the claim holds.
-
-  Example:
-    >>> value({"a at x": {"loss": 1.0}, "b at x": {"loss": 3.0}}, "a", "b", "loss", "x")
-    -2.0
-  """
-  return found[f"{low} at {cut}"][quantity] - found[f"{high} at {cut}"][quantity]
-
-
-def measure(config: Mapping[str, Any], seed: int) -> Numbers:
+def measure(config: Mapping[str, Any], seed: int) -> small_decoder.Numbers:
   """Train a model and prune it in every way.
 
   Args:
@@ -85,23 +57,12 @@ def measure(config: Mapping[str, Any], seed: int) -> Numbers:
     For each arm and cut, mean loss over both texts in nats a byte, and the mean over kernels of
     the output error relative to the output, where nothing was trained.
   """
-  length, batch = config["length"], config["batch"]
-  named = {t: tasks.build(t, length=length, items=config["test"], seed=seed) for t in TEXTS}
-  spec = models.Spec(vocab_size=tasks.VOCABULARY, max_positions=length, **config["spec"])
-  dense = model_lib.Model(spec, models.init(spec, jax.random.key(seed)))
-  feed = tasks.batches({t: (task, 1.0) for t, task in named.items()}, batch=batch, seed=seed)
-  optimizer = {"lr": config["rate"], "warmup": config["steps"] // 10}
-  done = loop.fit(dense, feed, steps=config["steps"], optimizer=optimizer, log_every=100)
-  dense = model_lib.Model(spec, done.params)
-  sets = [
-    _calibration(t.train["tokens"], config["calibration"] // 2, batch) for t in named.values()
-  ]
+  dense, sets, tests, feed = small_decoder.train(config, seed)
   given = collect.Materials(batches=sets[0] + sets[1], donor_batches=sets)
   learn = collect.Materials(batches=list(itertools.islice(feed, config["tune"])))
   (surgeon,) = registry.parse("compress.prune.sparsegpt()")
   moments = {a: s.moment for a, s in collect.evidence(surgeon, dense, given)["hessian"].items()}
-  tests = [t.test for t in named.values()]
-  out: Numbers = {"dense": {"loss": _loss(dense, tests)}}
+  out: small_decoder.Numbers = {"dense": {"loss": small_decoder.loss(dense, tests)}}
   for (arm, expression), (cut, how) in itertools.product(config["arms"], config["cuts"]):
     if cut == "2:4" and ("ecoflap" in expression or "per='model'" in expression):
       continue  # a ratio for all, and a comparison over the model, mean nothing there
@@ -113,7 +74,7 @@ def measure(config: Mapping[str, Any], seed: int) -> Numbers:
       )
     else:
       made = randomly(dense, list(moments), cut, seed)
-    found = {"loss": _loss(made, tests)}
+    found = {"loss": small_decoder.loss(made, tests)}
     if not trains:
       found["error"] = float(
         np.mean([_error(dense.leaf(a), made.leaf(a), h) for a, h in moments.items()])
@@ -151,33 +112,10 @@ def randomly(m: model_lib.Model, addresses: Sequence[str], cut: str, seed: int) 
   return m.update(changes)
 
 
-def _calibration(rows: np.ndarray, count: int, batch: int) -> list[np.ndarray]:
-  keep = rows[np.linspace(0, len(rows) - 1, count).astype(int), :-1]
-  return [keep[i : i + batch] for i in range(0, count, batch)]
-
-
-def _loss(m: model_lib.Model, tests: Sequence[Mapping[str, np.ndarray]]) -> float:
-  return float(np.mean([_nll(m.spec)(m.params, dict(rows)) for rows in tests]))
-
-
-@functools.lru_cache(maxsize=4)
-def _nll(spec: models.Spec) -> Any:
-  return jax.jit(functools.partial(models.nll, spec))
-
-
 @jax.jit
 def _error(w: jax.Array, pruned: jax.Array, h: jax.Array) -> jax.Array:
   d = pruned - w
   return (d * (h @ d)).sum() / (w * (h @ w)).sum()
-
-
-def _show(columns: Sequence[str], rows: Sequence[tuple[Any, ...]], form: str) -> None:
-  out = table.Table(box=None)
-  for column in columns:
-    out.add_column(column)
-  for *words, values in rows:
-    out.add_row(*words, "  ".join(form.format(v) for v in values))
-  console.Console(width=150).print(out)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ LAUNCHERS = {
   "minifloat": "minifloat_study",
   "prune": "prune_directions",
   "ptq_study": "ptq_study",
+  "quantize": "quantize_directions",
   "quickstart": "run",
   "structure": "structure_directions",
   "vq": "vq_directions",
