@@ -7,7 +7,8 @@ a scale, rounded to float16, is repeated for every 32 rows. Asymmetric 4-bit one
 the leaf's own are rounded and its values rounded to them anew. Other compressed leaves become dense
 and are quantized by `gguf` itself to Q8_0; dense ones stay as they are, vectors in float32. A q or
 k of the llama family is stored with the two halves of every head interleaved, as ggml's rotary
-embedding expects. The vocabulary is not in the file.
+embedding expects. The vocabulary comes along where ggml can hold it (ggml_vocabulary.py); where it
+cannot, the report says why.
 
 Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -22,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from treesurgeon.core import leaves, lineage, needs, packing
-from treesurgeon.io import card, checkpoint, export, sink, staging
+from treesurgeon.io import card, checkpoint, export, ggml_vocabulary, sink, staging
 from treesurgeon.io.layouts import modules
 from treesurgeon.models import hf
 
@@ -56,7 +57,8 @@ def save(
     source: the model, or a directory of which one leaf is read at a time.
     directory: the output.
     overwrite: replace an existing output when the new one is complete.
-    tokenizer_from: directory whose tokenizer, generation config and license come along.
+    tokenizer_from: directory whose tokenizer, generation config and license come along; the
+      vocabulary is put into the file too.
     records: the model's lineage.
 
   Returns:
@@ -77,6 +79,7 @@ def save(
     raise ValueError(f"--format=gguf: {spec.family!r} is not supported; {', '.join(_FAMILIES)} are")
   _check_rotary(spec)
   arch = _FAMILIES[spec.family][0]
+  words = _words(tokenizer_from, spec.vocab_size)
   places = gguf.get_tensor_name_map(_arch(gguf, arch), spec.num_layers)
   plan = [_plan(source, entry, places) for entry in hf.entries(spec)]
   stage = staging.Staging(directory, overwrite=overwrite)
@@ -84,7 +87,7 @@ def save(
   try:
     stage.clear()
     writer = gguf.GGUFWriter(stage.path / FILE, arch)
-    _describe(writer, spec, arch)
+    _describe(writer, spec, arch, words)
     kinds, nbytes = gguf.GGMLQuantizationType, {}
     for tensor in plan:
       dtype = np.dtype(np.float32) if tensor.kind == "F32" else np.dtype(np.uint8)
@@ -103,7 +106,7 @@ def save(
   finally:
     if not done:
       stage.abort(keep=False)
-  return _report(source, stage.directory, plan, nbytes)
+  return _report(source, stage.directory, plan, nbytes, words)
 
 
 def _check_rotary(spec: Any) -> None:
@@ -115,6 +118,16 @@ def _check_rotary(spec: Any) -> None:
       f"--format=gguf: {odd[0]}={getattr(spec, odd[0])!r} is not written; "
       "--format=compressed-tensors keeps it"
     )
+
+
+def _words(folder: str | Path | None, rows: int) -> ggml_vocabulary.Vocabulary | str:
+  """Read the vocabulary, or why the file has none."""
+  if folder is None:
+    return "no tokenizer was given"
+  try:
+    return ggml_vocabulary.read(folder, rows)
+  except ValueError as error:
+    return str(error)
 
 
 def _arch(gguf: Any, name: str) -> Any:
@@ -238,8 +251,8 @@ def _super(leaf: leaves.QuantizedTensor, address: str, order: np.ndarray | None)
   return np.ascontiguousarray(blocks if order is None else blocks[order])
 
 
-def _describe(writer: Any, spec: Any, arch: str) -> None:
-  """Write the architecture."""
+def _describe(writer: Any, spec: Any, arch: str, words: ggml_vocabulary.Vocabulary | str) -> None:
+  """Write the architecture and the vocabulary."""
   writer.add_name(arch)
   writer.add_context_length(spec.max_positions or 2048)
   writer.add_embedding_length(spec.d_model)
@@ -253,7 +266,10 @@ def _describe(writer: Any, spec: Any, arch: str) -> None:
   writer.add_rope_freq_base(float(spec.rope_theta))
   writer.add_rope_dimension_count(spec.head_dim)
   writer.add_vocab_size(spec.vocab_size)
-  writer.add_tokenizer_model("no_vocab")
+  if isinstance(words, str):
+    writer.add_tokenizer_model("no_vocab")
+  else:
+    words.write(writer)
 
 
 def _finish(
@@ -271,8 +287,9 @@ def _finish(
 
 
 def _report(
-  source: needs.Source, path: Path, plan: list[_Tensor], nbytes: dict[str, int]
-) -> export.Report:
+  source: needs.Source, path: Path, plan: list[_Tensor], nbytes: dict[str, int],
+  words: ggml_vocabulary.Vocabulary | str,
+) -> export.Report:  # fmt: skip
   chosen = [t for t in plan if t.kind.startswith("Q")]
   structs = {t.name: source.struct(t.entry.address[0]) for t in plan}
   packed = {t: leaf for t in plan if leaves.is_leaf(leaf := structs[t.name])}
@@ -280,10 +297,17 @@ def _report(
   again = [
     t.entry.address[0] for t, leaf in packed.items() if t.kind != "Q4_K" and not _exact(leaf)
   ]
-  notes = [
-    "no vocabulary is in the file: transformers reads it with gguf_file='model.gguf', llama.cpp "
-    "runs it on token ids only", "scales are stored in float16",
-  ]  # fmt: skip
+  if isinstance(words, str):
+    notes = [
+      f"no vocabulary is in the file: {words}; transformers reads the weights with "
+      "gguf_file='model.gguf', llama.cpp runs them on token ids only"
+    ]
+  else:
+    notes = [
+      f"the vocabulary is in the file ({words.model}, split as {words.pre!r}): llama.cpp, and "
+      "transformers with gguf_file='model.gguf', need no other", *words.notes,
+    ]  # fmt: skip
+  notes.append("scales are stored in float16")
   if near:
     notes.append(
       f"{len(near)} asymmetric 4-bit leaves, {near[0]} the first, became Q4_K: their scales and "
