@@ -10,7 +10,7 @@ GPTQ and bias correction. What was found: `docs/results/minifloat.md`.
 Expected (Aggarwal et al., 2023, arXiv 2311.12359): minifloats lose less than integers of the same
 few bits; at equal hardware cost integers often remain on the Pareto front.
 
-Cost: about five minutes on one CPU core. Command:
+Cost: four to six minutes of one CPU core. Command:
 python -P -m treesurgeon.experiments.minifloat_study --config=configs/minifloat.py --workdir=DIR
 
 Variants: `configs/minifloat.py:smoke` at toy size.
