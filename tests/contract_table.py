@@ -512,10 +512,9 @@ EXTRA = (
   Row("merge.opcm", {"granularity": "tensor"}, {"lam": 0.0}, reduces=True),
 )
 
-# What `make test` runs of the suite; `make test-all` runs all of it. Rows of FULL hold every law
-# in both. The others share their lift with one of these and leave to the slow tests what compiles
-# anew: other dtypes, shapes, meshes. All compression but the rows of FULL leaves all but the laws
-# in LIGHT, and what learns or searches, of those, all that need an outcome.
+# What `make test` runs of the suite; `make test-all` runs all of it. Rows of FULL hold every law in
+# both. The others share their lift with one of these and run the laws in LIGHT; what learns or
+# searches, of those, the ones that need no outcome.
 FULL = {
   "adapt.lora", "adapt.merge", "compress.prune.magnitude", "compress.prune.wanda",
   "compress.quantize.gptq", "compress.quantize.rtn", "edit.rome", "edit.unlearn.task_negation",
@@ -554,9 +553,9 @@ def slow(row: Row, law: str) -> bool:
     return True
   if row.name in LEARN:
     return law not in LIGHT - {"test_eval_shape_agrees", "test_it_changes_something"}
-  if row.name.startswith("compress.") and row.name not in FULL:
+  if row.name not in FULL:
     return law not in LIGHT
-  return law in DEAR and (row.name not in FULL or row in EXTRA)
+  return law in DEAR and row in EXTRA
 
 
 SPEC = models.Spec(vocab_size=32, d_model=16, num_layers=2, num_heads=2, d_ff=32, max_positions=32)
