@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # A field that holds an array. Not annotated as one: jax rebuilds containers around whatever a tree
 # map returned (shapes, shardings, names), and tests check annotations at run time.
@@ -78,6 +79,32 @@ class Compressed:
   def nbytes(self) -> int:
     """Bytes actually held, all parts counted."""
     return sum(nbytes(x) for x in jax.tree.leaves(self))
+
+
+class Around(Compressed):
+  """A leaf that holds one kernel and has its shape and dtype, but does something to its inputs."""
+
+  weight: Part
+
+  @property
+  def rows(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Input dimension."""
+    return self.weight.shape[-2]
+
+  @property
+  def cols(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Output dimension."""
+    return self.weight.shape[-1]
+
+  @property
+  def batch(self) -> tuple[int, ...]:
+    """Leading axes before the matrix."""
+    return tuple(self.weight.shape[:-2])
+
+  @property
+  def dtype(self) -> np.dtype:
+    """Dtype of the dense value."""
+    return self.weight.dtype
 
 
 Leaf = Any  # jax.Array | np.ndarray | Compressed; jax accepts the three alike

@@ -3,14 +3,13 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from treesurgeon.core import formats
 from treesurgeon.core.leaves import base
 
 
 @base.container(("weight", "scale"))
-class ActivationQuantized(base.Compressed):
+class ActivationQuantized(base.Around):
   """Hold a kernel, compressed or not, and how its inputs are quantized: the A8 of W8A8.
 
   Attributes:
@@ -27,26 +26,6 @@ class ActivationQuantized(base.Compressed):
   bits: int = 8
   format: str = "int"
   per: str = "token"
-
-  @property
-  def rows(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Input dimension."""
-    return self.weight.shape[-2]
-
-  @property
-  def cols(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Output dimension."""
-    return self.weight.shape[-1]
-
-  @property
-  def batch(self) -> tuple[int, ...]:
-    """Leading axes before the matrix."""
-    return tuple(self.weight.shape[:-2])
-
-  @property
-  def dtype(self) -> np.dtype:
-    """Dtype of the dense value."""
-    return self.weight.dtype
 
   def dense(self) -> jax.Array:
     """Compute the weight's dense value; what happens to inputs is not part of it."""

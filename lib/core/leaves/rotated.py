@@ -3,14 +3,13 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from treesurgeon.core import hadamard
 from treesurgeon.core.leaves import base
 
 
 @base.container(("weight",))
-class Rotated(base.Compressed):
+class Rotated(base.Around):
   """Hold a kernel W as Hᵀ W, compressed or not; inputs become x H, so that the product is x W.
 
   Attributes:
@@ -18,26 +17,6 @@ class Rotated(base.Compressed):
   """
 
   weight: base.Part
-
-  @property
-  def rows(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Input dimension."""
-    return self.weight.shape[-2]
-
-  @property
-  def cols(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Output dimension."""
-    return self.weight.shape[-1]
-
-  @property
-  def batch(self) -> tuple[int, ...]:
-    """Leading axes before the matrix."""
-    return tuple(self.weight.shape[:-2])
-
-  @property
-  def dtype(self) -> np.dtype:
-    """Dtype of the dense value."""
-    return self.weight.dtype
 
   @classmethod
   def of(cls, w: jax.Array) -> "Rotated":
