@@ -5,9 +5,9 @@
 
 hf: every leaf dense, a directory that transformers loads. compressed-tensors, gptq, gptq_v2, awq:
 the quantized layers as vLLM and transformers read them, codes bit for bit, one leaf at a time;
-what a format cannot hold is refused, with what would fit. gguf: one file for ggml, vocabulary
-included, symmetric 4- and 8-bit layers code for code. orbax: a checkpoint for JAX trainers. peft:
-the low-rank adapters alone.
+what a format cannot hold is refused, with what would fit. mlx: the same for mlx-lm. gguf: one file
+for ggml, vocabulary included, symmetric 4- and 8-bit layers code for code. orbax: a checkpoint for
+JAX trainers. peft: the low-rank adapters alone.
 
 Quantize first, `treesurgeon apply --transform='compress.quantize.gptq(bits=4)'`, symmetric (the
 default) where transformers is to load the result: its version 5.23 reads asymmetric
@@ -37,7 +37,8 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
   flags.DEFINE_enum(
     "format", "hf", FORMATS,
     "What to write: dense (hf), quantized for vLLM and transformers (compressed-tensors, gptq, "
-    "gptq_v2, awq) or ggml (gguf), for JAX trainers (orbax), or the adapters alone (peft).",
+    "gptq_v2, awq), MLX (mlx) or ggml (gguf), for JAX trainers (orbax), or the adapters alone "
+    "(peft).",
     flag_values=values,
   )  # fmt: skip
 

@@ -25,7 +25,8 @@ class Checkpoint:
 
   Opening reads config.json and the headers, and checks that every tensor the config calls for is
   there in its shape and that there is no other. Leaves are host arrays, views into the file where
-  its layout allows. Layers that compressed-tensors, GPTQ or AWQ quantized are compressed leaves.
+  its layout allows. Layers that compressed-tensors, GPTQ, AWQ or MLX quantized are compressed
+  leaves.
 
   Args:
     directory: config.json and safetensors.
@@ -57,7 +58,7 @@ class Checkpoint:
     self._aliases = {e.address[0]: e for e in entries if e.kind == "alias"}
     self._check_names(entries)
     for entry in entries:
-      if "" in self._parts.get(entry.name, ()):
+      if "" in self._parts.get(entry.name, ()) and entry.name not in self._foreign:
         have, want = self.tensors.info(entry.name).shape, tuple(hf.shape(self.spec, entry))
         if have != want:
           raise ValueError(

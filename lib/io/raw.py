@@ -21,7 +21,7 @@ from treesurgeon.io import blocks, checkpoint, packed, safetensors, writer
 from treesurgeon.io import sink as sink_lib
 
 # Keys of a config.json that tell of tensors which do not hold plain weights.
-ENCODED = (packed.KEY, "quantization_config", "compression_config")
+ENCODED = (packed.KEY, "quantization_config", "compression_config", "quantization")
 
 
 class Directory:

@@ -190,7 +190,7 @@ class Sink:
     if self._layout is None:
       config, reasons = hf.to_config(self.spec) | packed.describe(metas), _reasons(self.spec, metas)
     else:
-      config = hf.to_config(self.spec) | {layouts.KEYS[0]: dict(self._layout.config)}
+      config = hf.to_config(self.spec) | dict.fromkeys(self._layout.keys, dict(self._layout.config))
       reasons = ()
     finish(
       self._writer, config, self._companions, records, inputs=inputs or {},

@@ -14,12 +14,12 @@ import numpy as np
 
 from treesurgeon.core import leaves
 from treesurgeon.io import header
-from treesurgeon.io.layouts import compressed_tensors, compressed_tensors_read, gptq, modules
+from treesurgeon.io.layouts import compressed_tensors, compressed_tensors_read, gptq, mlx, modules
 from treesurgeon.io.layouts.base import Held, Layout
 from treesurgeon.models import hf
 
-NAMES = (compressed_tensors.NAME, *gptq.NAMES)
-KEYS = ("quantization_config", "compression_config")
+NAMES = (compressed_tensors.NAME, *gptq.NAMES, mlx.NAME)
+KEYS = ("quantization_config", "compression_config", "quantization")
 
 __all__ = ["KEYS", "NAMES", "Layer", "Layout", "encode", "held", "plan"]
 
@@ -82,6 +82,8 @@ def plan(name: str, spec: Any, structs: Mapping[str, Any]) -> Layout:
   heads = [h for h in modules.tied_heads(spec) if h not in found]
   if name == compressed_tensors.NAME:
     return compressed_tensors.plan(found, heads)
+  if name == mlx.NAME:
+    return mlx.plan(found)
   return gptq.plan(name, found, heads)
 
 
@@ -158,9 +160,14 @@ def held(
     layers = compressed_tensors_read.read(settings, shapes, infos, store)
   elif method in ("gptq", "awq"):
     layers = gptq.read(settings, shapes, infos, store, peek)
+  elif not method and "bits" in settings and "group_size" in settings:
+    tables = modules.tables(entries)
+    sizes = {n: hf.address_shape(spec, m.entry.address[0]) for n, m in tables.items()}
+    layers = mlx.read(settings, shapes, infos, store, peek, sizes)
+    found |= tables
   else:
     raise ValueError(
-      f"quantization_config: quant_method {method!r} is not supported; compressed-tensors, gptq "
-      "and awq are. Give the unquantized model"
+      f"quantization_config: quant_method {method!r} is not supported; compressed-tensors, gptq, "
+      "awq and MLX's are. Give the unquantized model"
     )
   return {found[n].entry.name: Layer(spec, found[n], parts) for n, parts in layers.items()}

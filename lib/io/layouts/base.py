@@ -12,10 +12,11 @@ class Layout(NamedTuple):
 
   Attributes:
     name: the value of --format.
-    config: value of `quantization_config` in config.json.
+    config: what config.json says of it.
     modules: names of the layers that are written compressed.
     encode: (layer, its leaf) -> tensors by name; raises ValueError for values that do not fit.
     notes: what a user must know to load the result, a sentence each.
+    keys: under which names config.json says it.
   """
 
   name: str
@@ -23,6 +24,7 @@ class Layout(NamedTuple):
   modules: tuple[str, ...]
   encode: Callable[[str, Any], dict[str, np.ndarray]]
   notes: tuple[str, ...]
+  keys: tuple[str, ...] = ("quantization_config",)
 
 
 class Held(NamedTuple):

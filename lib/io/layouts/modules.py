@@ -58,6 +58,27 @@ def find(entries: Sequence[hf.Entry]) -> dict[str, Module]:
   return found
 
 
+def tables(entries: Sequence[hf.Entry]) -> dict[str, Module]:
+  """List the layers that hold embeddings, in file order.
+
+  Args:
+    entries: from `hf.entries`.
+
+  Returns:
+    Modules by name.
+
+  Example:
+    >>> from treesurgeon import models
+    >>> spec = models.Spec(family="llama", vocab_size=5, d_model=4, num_layers=1, num_heads=1,
+    ...                    d_ff=8)
+    >>> list(tables(hf.entries(spec)))
+    ['model.embed_tokens']
+  """
+  held = [e for e in entries if e.kind == "copy" and e.address[0].startswith("embed/")]
+  names = [e.name.removesuffix(_WEIGHT) for e in held]
+  return {n: Module(n, e, False) for n, e in zip(names, held, strict=True) if n != e.name}
+
+
 def tied_heads(spec: Any) -> list[str]:
   """Name the linear layers whose weight is the embedding's.
 
