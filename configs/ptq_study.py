@@ -141,6 +141,14 @@ def extra(short: str) -> list[dict]:
     "decoupleQ 2b g32": "compress.quantize.decoupleq(bits=2, group_size=32, epochs=1)",
     "GQSA 4b, half": f"compress.quantize.gqsa({short})",
     "PTQ1.61": f"compress.quantize.ptq161({short})",
+    "GWQ 3b g32": "compress.quantize.gwq(bits=3, group_size=32)",
+    "SpQR 3b": "compress.quantize.spqr(bits=3)",
+    "aligned 2 and 4b g32": "compress.quantize.aligned()",
+    "OliVe 4b": "compress.quantize.olive()",
+    "CPTQuant 3b g32": "compress.quantize.cptquant(average=3.0, group_size=32)",
+    "minifloat 4b g32": "compress.quantize.minifloat(bits=4, group_size=32)",
+    "minifloat 3b g32": "compress.quantize.minifloat(bits=3, group_size=32)",
+    "LQ-LoRA 3b g32": "compress.low_rank.lq_lora(bits=3, group_size=32, rank=4)",
     "BitStack, 2 of rank 1": "compress.quantize.bitstack(blocks=2, rank=1)",
     "BitStack, 3 of rank 1": "compress.quantize.bitstack(blocks=3, rank=1)",
   }
@@ -170,6 +178,20 @@ def extra(short: str) -> list[dict]:
   rows += [
     {"model": "decoder", "label": k, "transform": t, **more} for k, (t, more) in order.items()
   ]
+  a4, a8 = "compress.quantize.activations(bits=4)", "compress.quantize.activations()"
+  w8 = f"{rtn}(bits=8, group_size=-1, scale_dtype='float16')"
+  turned = {
+    "QuaRot, then RTN 3b": f"compress.quantize.quarot() + {nearest}",
+    "QuaRot, then GPTQ 3b": f"compress.quantize.quarot() + {three}",
+    "W4A4": f"{nearest4} + {a4}",
+    "QuaRot, then W4A4": f"compress.quantize.quarot() + {nearest4} + {a4}",
+    "SpinQuant, then W4A4": f"compress.quantize.spinquant() + {nearest4} + {a4}",
+    "W8A8": f"{w8} + {a8}",
+    "SmoothQuant, then W8A8": f"compress.quantize.smoothquant() + {w8} + {a8}",
+  }
+  rows += [
+    {"model": "decoder", "label": k, "transform": t, "rotated": True} for k, t in turned.items()
+  ]
   experts = {"donors": ("code expert", "prose expert")}
   ties = "merge.ties(density=0.5, lam=0.5)"
   rows += [
@@ -185,9 +207,11 @@ def extra(short: str) -> list[dict]:
   ]  # fmt: skip
   families = {
     "original": ("original",),
-    "formats": ("ternary", "binary", "NF4", "MX", "NV"),
+    "formats": ("ternary", "binary", "NF4", "MX", "NV", "minifloat"),
+    "outliers kept": ("GWQ", "SpQR", "aligned", "OliVe"),
+    "widths by layer": ("CPTQuant",),
     "pruned": ("magnitude 50 %", "Wanda", "SparseGPT"),
-    "low rank": ("SVD", "ASVD"),
+    "low rank": ("SVD", "ASVD", "LQ-LoRA"),
     "merged": ("merge", "experts"),
     "PTQ1.61, GQSA": ("PTQ1.61", "GQSA"),
     "VPTQ": ("VPTQ",),
@@ -197,7 +221,9 @@ def extra(short: str) -> list[dict]:
   for row in rows:
     named = [f for f, starts in families.items() if row["label"].startswith(starts)]
     mixed = "+" in row["transform"] or "with 4b" in row["label"]
+    inputs = "activations" in row["transform"]
     row["method"] = "composed" if mixed and named != ["merged"] else (named or ["composed"])[0]
+    row["method"] = "inputs too" if inputs else row["method"]
   return rows
 
 
@@ -262,6 +288,19 @@ def claims() -> list[tuple]:
       "merge, then GPTQ 3b", "experts by GPTQ 3b, merge, GPTQ 3b"
     ),
   }  # fmt: skip
+  orders |= {
+    "QuaRot helps RTN at 3 bits": ("QuaRot, then RTN 3b", "RTN 3b g32"),
+    "QuaRot helps GPTQ at 3 bits": ("QuaRot, then GPTQ 3b", "GPTQ 3b g32"),
+    "QuaRot helps W4A4": ("QuaRot, then W4A4", "W4A4"),
+    "SpinQuant < QuaRot, W4A4": ("SpinQuant, then W4A4", "QuaRot, then W4A4"),
+    "SmoothQuant helps W8A8": ("SmoothQuant, then W8A8", "W8A8"),
+    "GWQ < RTN asym at 3 bits": ("GWQ 3b g32", "RTN asym 3b g32"),
+    "CPTQuant < RTN at 3 bits": ("CPTQuant 3b g32", "RTN 3b g32"),
+    "OliVe < RTN 4b g128": ("OliVe 4b", "RTN 4b g128"),
+    "LQ-LoRA < RTN 3b + LoRC 4": ("LQ-LoRA 3b g32", "RTN 3b + LoRC 4"),
+    "SpQR < GPTQ asym at 3 bits": ("SpQR 3b", "GPTQ asym 3b g32"),
+    "minifloat < RTN at 3 bits": ("minifloat 3b g32", "RTN 3b g32"),
+  }
   choices = {
     "dividing < shifting": ("as it is", "shift"),
     "dividing < a rectified sigmoid": ("as it is", "sigmoid"),

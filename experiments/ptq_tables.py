@@ -145,7 +145,7 @@ def pareto(by_model: Mapping[str, Cells]) -> Any:
     A figure.
   """
   figure, axes = plt.subplots(
-    1, max(1, len(by_model)), figsize=(9 * max(1, len(by_model)), 7), squeeze=False
+    1, max(1, len(by_model)), figsize=(9 * max(1, len(by_model)), 8), squeeze=False
   )
   colors = plt.get_cmap("tab20").colors  # pyright: ignore[reportAttributeAccessIssue]
   methods = list(dict.fromkeys(c["method"] for cells in by_model.values() for c in cells.values()))
@@ -169,7 +169,7 @@ def pareto(by_model: Mapping[str, Cells]) -> Any:
     ax.set_xlabel("kernels inside the layers, kB: scales, masks and tables included")
     ax.set_ylabel(f"loss over the original, nats; at {FLOOR} also what is less")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=7, ncols=2)
+    ax.legend(frameon=False, fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.1))
   return figure
 
 
