@@ -18,6 +18,10 @@ MERGE_BENCH = (
   "--workdir=DIR"
 )
 
+STUDY = "python -P -m treesurgeon.experiments.ptq_study --config=configs/ptq_study.py --workdir=DIR"
+MINIFLOATS = (
+  "python -P -m treesurgeon.experiments.minifloat_study --config=configs/minifloat.py --workdir=DIR"
+)
 VECTORS = "python -P -m treesurgeon.experiments.vq_directions --config=configs/vq.py --workdir=DIR"
 
 

@@ -44,7 +44,10 @@ TABLE: dict[str, entries.Entry] = {
     paper="Cheng et al., Optimize weight rounding via signed gradient descent, 2023, "
     "arXiv 2309.05516",
     oracle="tests/compress/quantize/autoround_test.py",
-    note="symmetric grids are those of compressed-tensors, not the ones of negative scales",
+    verdict="reproduced",
+    command=entries.STUDY,
+    note="better than rounding at 3 bits and than GPTQ at 2, in the loss of a decoder and of an "
+    "encoder, one of each; symmetric grids are those of compressed-tensors",
   ),
   "compress.quantize.awq": entries.Entry(
     factory="treesurgeon.compress.quantize.awq:awq",
@@ -123,7 +126,10 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.compress.quantize.flexround:flexround",
     paper="Lee et al., FlexRound, ICML 2023, arXiv 2306.00317",
     oracle="tests/compress/quantize/flexround_test.py",
-    note="hidden states are all of the quantized prefix, not mixed at random",
+    verdict="reproduced",
+    command=entries.STUDY,
+    note="better than rounding at 3 bits in the loss of a decoder and of an encoder, one of each; "
+    "not told apart from AutoRound; hidden states are all of the quantized prefix, not mixed",
   ),
   "compress.quantize.gptq": entries.Entry(
     factory="treesurgeon.compress.quantize.gptq:gptq",
@@ -147,7 +153,10 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.compress.quantize.gradient_ptq:gradient_ptq",
     paper="Yvinec et al., Gradient-based post-training quantization, 2023, arXiv 2308.07662",
     oracle="tests/compress/quantize/gradient_ptq_test.py",
-    note="the paper's factors by its abstract; defaults are by our own study",
+    verdict="reproduced",
+    command=entries.STUDY,
+    note="on one decoder dividing beats shifting and sigmoids, MSE beats MAE, Adam AdaMax and SGD, "
+    "and keeping 1 % helps; scales, cosine and signs make no difference that can be told",
   ),
   "compress.quantize.gwq": entries.Entry(
     factory="treesurgeon.compress.quantize.gwq:gwq",
@@ -166,7 +175,11 @@ TABLE: dict[str, entries.Entry] = {
     paper="Aggarwal et al., Post-training quantization with low-precision minifloats and integers "
     "on FPGAs, 2023, arXiv 2311.12359",
     oracle="tests/compress/quantize/minifloat_test.py",
-    note="chooses a format for each kernel; the paper's are of a whole model",
+    verdict="reproduced",
+    command=entries.MINIFLOATS,
+    note="on one decoder minifloats lose less at 3 to 8 bits where inputs share a static scale, and "
+    "integers hold the front of estimated hardware; with a scale a token neither does. A format a "
+    "kernel, which is ours, gains nothing",
   ),
   "compress.quantize.olive": entries.Entry(
     factory="treesurgeon.compress.quantize.olive:olive",
@@ -193,7 +206,8 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.compress.quantize.quarot:quarot",
     paper="Ashkboos et al., QuaRot, 2024, arXiv 2404.00456",
     oracle="tests/compress/quantize/quarot_test.py",
-    note="stream and heads, and down on request; not across heads, nor queries and keys",
+    note="stream and heads, and down on request; not across heads, nor queries and keys; no gain "
+    "on the study's decoder, which has no outliers, and 30 to 50 % less error on a planted one",
   ),
   "compress.quantize.rtn": entries.Entry(
     factory="treesurgeon.compress.quantize.rtn:rtn",
@@ -205,13 +219,15 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.compress.quantize.smoothquant:smoothquant",
     paper="Xiao et al., SmoothQuant, 2022, arXiv 2211.10438",
     oracle="tests/compress/quantize/smoothquant_test.py",
-    note="keeps outputs to rounding; what follows it must quantize activations too",
+    note="keeps outputs to rounding; what follows it must quantize activations too; nothing to "
+    "gain on the study's decoder, which has no outliers",
   ),
   "compress.quantize.spinquant": entries.Entry(
     factory="treesurgeon.compress.quantize.spinquant:spinquant",
     paper="Liu et al., SpinQuant, 2024, arXiv 2405.16406",
     oracle="tests/compress/quantize/quarot_test.py",
-    note="turns of stream and heads; Cayley steps are solved for, not iterated",
+    note="turns of stream and heads; Cayley steps are solved for, not iterated; not told apart from "
+    "QuaRot on the study's decoder, which has no outliers",
   ),
   "compress.quantize.spqr": entries.Entry(
     factory="treesurgeon.compress.quantize.spqr:spqr",
