@@ -177,9 +177,9 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/quantize/minifloat_test.py",
     verdict="reproduced",
     command=entries.MINIFLOATS,
-    note="on one decoder minifloats lose less at 3 to 8 bits where inputs share a static scale, and "
-    "integers hold the front of estimated hardware; with a scale a token neither does. A format a "
-    "kernel, which is ours, gains nothing",
+    note="on one decoder minifloats lose less at 3 to 8 bits where inputs share a static scale, not "
+    "with a scale a token; integers hold the front of estimated hardware. A format a kernel, which "
+    "is ours, gains nothing",
   ),
   "compress.quantize.olive": entries.Entry(
     factory="treesurgeon.compress.quantize.olive:olive",
@@ -226,8 +226,8 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.compress.quantize.spinquant:spinquant",
     paper="Liu et al., SpinQuant, 2024, arXiv 2405.16406",
     oracle="tests/compress/quantize/quarot_test.py",
-    note="turns of stream and heads; Cayley steps are solved for, not iterated; not told apart from "
-    "QuaRot on the study's decoder, which has no outliers",
+    note="turns of stream and heads; Cayley steps are solved for, not iterated; not told apart "
+    "from QuaRot on the study's decoder, which has no outliers",
   ),
   "compress.quantize.spqr": entries.Entry(
     factory="treesurgeon.compress.quantize.spqr:spqr",
