@@ -7,7 +7,7 @@ chooses weights, groups or layers, chance chooses as many, three times. Claims a
 negative where a claim holds; one is counted as reproduced if it holds for every seed. Verdicts are
 in the registry's rows of `compress.quantize`.
 
-Cost: about three minutes a seed on one CPU core. Command:
+Cost: three minutes a seed on one CPU core, and four to compile. Command:
 python -P -m treesurgeon.experiments.quantize_directions --config=configs/quantize.py --workdir=DIR
 
 Variants: `configs/quantize.py:smoke` runs every arm at toy size, where no claim need hold.

@@ -22,6 +22,11 @@ STUDY = "python -P -m treesurgeon.experiments.ptq_study --config=configs/ptq_stu
 MINIFLOATS = (
   "python -P -m treesurgeon.experiments.minifloat_study --config=configs/minifloat.py --workdir=DIR"
 )
+QUANTIZE = (
+  "python -P -m treesurgeon.experiments.quantize_directions --config=configs/quantize.py "
+  "--workdir=DIR"
+)
+
 VECTORS = "python -P -m treesurgeon.experiments.vq_directions --config=configs/vq.py --workdir=DIR"
 
 

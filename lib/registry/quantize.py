@@ -15,7 +15,10 @@ TABLE: dict[str, entries.Entry] = {
     paper="Heo et al., Rethinking channel dimensions to isolate outliers, ICLR 2024, "
     "arXiv 2309.15531",
     oracle="tests/compress/quantize/adadim_test.py",
-    note="chooses by the output of each kernel by itself",
+    verdict="not reproduced",
+    command=entries.QUANTIZE,
+    note="better than RTN in two seeds of three at 3 bits, and at 2; chooses by the output of each "
+    "kernel by itself",
   ),
   "compress.quantize.agile_quant": entries.Entry(
     factory="treesurgeon.compress.quantize.agile_quant:agile_quant",
@@ -28,7 +31,10 @@ TABLE: dict[str, entries.Entry] = {
     paper="Li et al., Enabling fast 2-bit LLM on GPUs: memory alignment, sparse outlier, and "
     "asynchronous dequantization, 2023, arXiv 2311.16442",
     oracle="tests/compress/quantize/aligned_test.py",
-    note="by the abstract: sizes and shares are ours; rounded to nearest; no kernel of its own",
+    verdict="reproduced",
+    command=entries.QUANTIZE,
+    note="the widest groups better than random ones in three seeds, both at 3.8 bits in all; by "
+    "the abstract: sizes and shares are ours; rounded to nearest; no kernel of its own",
   ),
   "compress.quantize.aqlm": entries.Entry(
     factory="treesurgeon.compress.quantize.aqlm:aqlm",
@@ -53,7 +59,10 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.compress.quantize.awq:awq",
     paper="Lin et al., AWQ, 2023, arXiv 2306.00978",
     oracle="tests/compress/quantize/awq_test.py",
-    note="searches by exact output errors of the kernels, from second moments",
+    verdict="not reproduced",
+    command=entries.QUANTIZE,
+    note="better than RTN in three seeds at 2 bits, in two of three at 3; searches by exact output "
+    "errors of the kernels, from second moments",
   ),
   "compress.quantize.bias_correction": entries.Entry(
     factory="treesurgeon.compress.quantize.bias_correction:bias_correction",
@@ -88,14 +97,20 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.compress.quantize.cptquant:cptquant",
     paper="Nanda et al., CPTQuant, 2024, arXiv 2412.03599",
     oracle="tests/compress/quantize/cptquant_test.py",
-    note="widths meet a budget, by the shared solver, where the code clusters layers; measures "
-    "repaired, see the module",
+    verdict="not reproduced",
+    command=entries.QUANTIZE,
+    note="at 3 bits all measures give all of four layers one width, but pruning in one seed of "
+    "three, and that is worse by 0.05; widths meet a budget, by the shared solver, where the "
+    "code clusters layers; measures repaired, see the module",
   ),
   "compress.quantize.decoupleq": entries.Entry(
     factory="treesurgeon.compress.quantize.decoupleq:decoupleq",
     paper="Guo et al., decoupleQ, 2024, arXiv 2404.12759",
     oracle="tests/compress/quantize/decoupleq_test.py",
-    note="norms are not tuned",
+    verdict="reproduced",
+    command=entries.QUANTIZE,
+    note="better than GPTQ at 2 bits in three seeds, at 3.0 against 2.75 bits with scales; norms "
+    "are not tuned",
   ),
   "compress.quantize.deepshape": entries.Entry(
     factory="treesurgeon.compress.quantize.deepshape:deepshape",
@@ -120,7 +135,8 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.compress.quantize.finequant:finequant",
     paper="Kim et al., FineQuant, 2023, arXiv 2308.09723",
     oracle="tests/compress/quantize/finequant_test.py",
-    note="the rule that ends the halving of groups is ours; the paper's was not to be had",
+    note="the rule that ends the halving of groups is ours, the paper's was not to be had; on the "
+    "model of configs/quantize.py it halves none, so that nothing is shown",
   ),
   "compress.quantize.flexround": entries.Entry(
     factory="treesurgeon.compress.quantize.flexround:flexround",
@@ -162,13 +178,19 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.compress.quantize.gwq:gwq",
     paper="Shao et al., GWQ, 2024, arXiv 2411.00850",
     oracle="tests/compress/quantize/gwq_test.py",
-    note="a fraction of every matrix is kept, in the weights' dtype",
+    verdict="not reproduced",
+    command=entries.QUANTIZE,
+    note="better than RTN, half a bit smaller, and than random weights kept, in three seeds at 2 "
+    "bits, in two of three at 3; a fraction of every matrix is kept, in the weights' dtype",
   ),
   "compress.quantize.hqq": entries.Entry(
     factory="treesurgeon.compress.quantize.hqq:hqq",
     paper="Badri and Shaji, Half-quadratic quantization of large machine learning models, 2023",
     oracle="tests/compress/quantize/hqq_test.py",
-    note="gains over min-max what the package does; groups along the inputs",
+    verdict="not reproduced",
+    command=entries.QUANTIZE,
+    note="better than RTN in three seeds at 2 bits, in two of three at 3 and at 4, a quarter of a "
+    "bit larger; gains over min-max what the package does; groups along the inputs",
   ),
   "compress.quantize.minifloat": entries.Entry(
     factory="treesurgeon.compress.quantize.minifloat:minifloat",
@@ -233,7 +255,11 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.compress.quantize.spqr:spqr",
     paper="Dettmers et al., SpQR, 2023, arXiv 2306.03078",
     oracle="tests/compress/quantize/spqr_test.py",
-    note="a fixed fraction of outliers, those of the highest leave-one-out scores",
+    verdict="not reproduced",
+    command=entries.QUANTIZE,
+    note="at 4.2 bits better by 0.0007 than GPTQ at 4.5, in groups of 16, in two seeds of three, "
+    "and as good in the third; a fixed fraction of outliers, those of the highest leave-one-out "
+    "scores",
   ),
   "compress.quantize.tune_scales": entries.Entry(
     factory="treesurgeon.compress.quantize.tune_scales:tune_scales",
