@@ -3,7 +3,7 @@
 
 A byte-level decoder learns the standard library's code and prose; its kernels are quantized to 4, 3
 and 2 bits by each method, from the same calibration text; GWQ sees a batch of it. Where a method
-chooses weights, groups or layers, chance chooses as many, three times. Claims are numbers that are
+keeps weights or widens groups, chance chooses as many, three times. Claims are numbers that are
 negative where a claim holds; one is counted as reproduced if it holds for every seed. Verdicts are
 in the registry's rows of `compress.quantize`.
 
