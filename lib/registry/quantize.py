@@ -200,8 +200,8 @@ TABLE: dict[str, entries.Entry] = {
     verdict="reproduced",
     command=entries.MINIFLOATS,
     note="on one decoder minifloats lose less at 3 to 8 bits where inputs share a static scale, "
-    "not with a scale a token; integers hold the front of estimated hardware. A format a kernel, which "
-    "is ours, gains nothing",
+    "not with a scale a token; integers hold the front of estimated hardware. A format a kernel, "
+    "which is ours, gains nothing",
   ),
   "compress.quantize.olive": entries.Entry(
     factory="treesurgeon.compress.quantize.olive:olive",
