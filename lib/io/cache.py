@@ -33,7 +33,8 @@ def keep_programs() -> None:
   Example:
     >>> keep_programs()
   """
-  if jax.config.jax_compilation_cache_dir or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+  held = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+  if held or "JAX_COMPILATION_CACHE_DIR" in os.environ:
     return
   where = folder() / "programs"
   with contextlib.suppress(OSError):
