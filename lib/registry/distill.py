@@ -8,6 +8,9 @@ TABLE: dict[str, entries.Entry] = {
     factory="treesurgeon.compress.distill.logits:logits",
     paper="Hinton et al., Distilling the knowledge in a neural network, 2015, arXiv 1503.02531",
     oracle="tests/compress/distill/logits_test.py",
-    note="the loss of Minitron's retraining; a constant rate, schedules are the training loop's",
+    verdict="not reproduced",
+    command=entries.STRUCTURE,
+    note="worse than training on labels for as long, by 0.02 nats in three seeds; the loss of "
+    "Minitron's retraining; a constant rate, schedules are the training loop's",
   ),
 }

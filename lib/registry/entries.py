@@ -22,6 +22,13 @@ STUDY = "python -P -m treesurgeon.experiments.ptq_study --config=configs/ptq_stu
 MINIFLOATS = (
   "python -P -m treesurgeon.experiments.minifloat_study --config=configs/minifloat.py --workdir=DIR"
 )
+PRUNE = (
+  "python -P -m treesurgeon.experiments.prune_directions --config=configs/prune.py --workdir=DIR"
+)
+STRUCTURE = (
+  "python -P -m treesurgeon.experiments.structure_directions --config=configs/structure.py "
+  "--workdir=DIR"
+)
 QUANTIZE = (
   "python -P -m treesurgeon.experiments.quantize_directions --config=configs/quantize.py "
   "--workdir=DIR"

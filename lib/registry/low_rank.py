@@ -9,21 +9,30 @@ TABLE: dict[str, entries.Entry] = {
     paper="Yuan et al., ASVD: Activation-aware singular value decomposition for compressing large "
     "language models, 2023, arXiv 2312.05821",
     oracle="tests/compress/low_rank/low_rank_test.py",
-    note="without the search for each kernel's rank",
+    verdict="reproduced",
+    command=entries.STRUCTURE,
+    note="better than SVD in three seeds, by less than 0.01 nats; without the search for each "
+    "kernel's rank",
   ),
   "compress.low_rank.eora": entries.Entry(
     factory="treesurgeon.compress.low_rank.eora:eora",
     paper="Liu et al., EoRA: Fine-tuning-free compensation for compressed LLM with eigenspace "
     "low-rank approximation, 2024, arXiv 2410.21271",
     oracle="tests/compress/low_rank/low_rank_test.py",
-    note="behind any compression; the original model is a donor",
+    verdict="reproduced",
+    command=entries.STRUCTURE,
+    note="better than LoRC at 3 and 2 bits in three seeds; behind any compression; the original "
+    "model is a donor",
   ),
   "compress.low_rank.lorc": entries.Entry(
     factory="treesurgeon.compress.low_rank.lorc:lorc",
     paper="Yao et al., ZeroQuant-V2: Exploring post-training quantization in LLMs from "
     "comprehensive study to low rank compensation, 2023, arXiv 2303.08302",
     oracle="tests/compress/low_rank/low_rank_test.py",
-    note="behind any quantizer; the original model is a donor",
+    verdict="reproduced",
+    command=entries.STRUCTURE,
+    note="better than rounding alone at 3 and 2 bits in three seeds; behind any quantizer; the "
+    "original model is a donor",
   ),
   "compress.low_rank.lq_lora": entries.Entry(
     factory="treesurgeon.compress.low_rank.lq_lora:lq_lora",
@@ -53,5 +62,8 @@ TABLE: dict[str, entries.Entry] = {
     paper="Wang et al., SVD-LLM: Truncation-aware singular value decomposition for large language "
     "model compression, 2024, arXiv 2403.07378",
     oracle="tests/compress/low_rank/low_rank_test.py",
+    verdict="reproduced",
+    command=entries.STRUCTURE,
+    note="better than ASVD in three seeds",
   ),
 }
