@@ -26,7 +26,7 @@ PEERS = pathlib.Path(__file__).parent / "peers"
 # Every compiled program maps a few pieces of memory, and Linux gives a process 65,530 of them: one
 # that compiles thousands of programs dies of it, wherever it happens to compile the next.
 MAPS = pathlib.Path("/proc/self/maps")
-MANY_MAPS = 20_000
+MANY_MAPS = 32_000
 _tests = itertools.count(1)
 # What the peers warn about in their own code is not ours to mend; our warnings stay errors.
 PEERS_WARNINGS = (
@@ -45,6 +45,7 @@ jaxtyping.install_import_hook(["treesurgeon"], "beartype.with_numeric_tower")
 def pytest_configure(config: pytest.Config) -> None:
   """Sets JAX up before any test module is imported."""
   jax.config.update("jax_numpy_rank_promotion", "raise")
+  gc.set_threshold(50_000, 20, 50)  # looking for garbage took a thirtieth of the time
   if names_peers(config):
     for line in PEERS_WARNINGS:
       config.addinivalue_line("filterwarnings", line)

@@ -513,8 +513,8 @@ EXTRA = (
 )
 
 # What `make test` runs of the suite; `make test-all` runs all of it. Rows of FULL hold every law in
-# both. The others share their lift with one of these and run the laws in LIGHT; what learns or
-# searches, of those, the ones that need no outcome.
+# both. The others share their lift with one of these and run the laws in LIGHT; compression and
+# what learns or searches, which have tests of their outcomes, of those the ones that need none.
 FULL = {
   "adapt.lora", "adapt.merge", "compress.prune.magnitude", "compress.prune.wanda",
   "compress.quantize.gptq", "compress.quantize.rtn", "edit.rome", "edit.unlearn.task_negation",
@@ -537,6 +537,7 @@ LIGHT = {
   "test_eval_shape_agrees", "test_it_changes_something", "test_spelling_and_info_round_trip",
   "test_the_neutral_setting_is_the_identity",
 }  # fmt: skip
+OUTCOMES = {"test_eval_shape_agrees", "test_it_changes_something"}
 DEAR = {"test_compilations_do_not_grow_with_depth", "test_the_storage_dtype_is_kept"}
 # Whose programs take many seconds to compile leave these laws too.
 LARGE = {
@@ -551,10 +552,9 @@ def slow(row: Row, law: str) -> bool:
   """Tell whether `make test` leaves a law out for a row."""
   if law in LARGE.get(row.name, ()):
     return True
-  if row.name in LEARN:
-    return law not in LIGHT - {"test_eval_shape_agrees", "test_it_changes_something"}
   if row.name not in FULL:
-    return law not in LIGHT
+    light = row.name not in LEARN and not row.name.startswith("compress.")
+    return law not in (LIGHT if light else LIGHT - OUTCOMES)
   return law in DEAR and row in EXTRA
 
 

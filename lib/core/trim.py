@@ -114,7 +114,8 @@ def cut_pieces(
   counts = [n if low == high else len(n) for _, n in found]
   if not 1 <= left <= sum(counts):  # the sample misled
     whole = [_change_bits(w[a:b], donor[a:b]) for a, b in where]
-    at, ties = _cut([jax.lax.bitcast_convert_type(x, jnp.float32) for x in whole], k)
+    deltas = [jax.lax.bitcast_convert_type(x, jnp.float32) for x in whole]
+    at, ties = jax.jit(cut, static_argnums=1)(deltas, k)
     return np.int32(at), [np.int32(t) for t in ties]
   threshold = np.int32(low)
   if low != high:
@@ -126,9 +127,6 @@ def cut_pieces(
     return threshold, [np.int32(_TOP)] * len(where)
   before = np.cumsum([0, *counts[:-1]])
   return threshold, [np.int32(max(left - n, 0)) for n in before]
-
-
-_cut = jax.jit(cut, static_argnums=1)
 
 
 @jax.jit

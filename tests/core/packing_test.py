@@ -9,7 +9,7 @@ import pytest
 
 from treesurgeon.core import packing
 
-SETTINGS = hypothesis.settings(max_examples=25, deadline=None)
+SETTINGS = hypothesis.settings(max_examples=12, deadline=None)
 
 
 def draw(seed, *shape, bits):

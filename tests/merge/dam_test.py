@@ -112,6 +112,7 @@ def test_learned_masks_lower_what_they_mind(masks):
   assert entropy(merged) < entropy(plain)
 
 
+@pytest.mark.slow
 def test_tokens_are_disturbed_in_their_embeddings():
   spec = models.Spec(vocab_size=7, d_model=4, num_layers=1, num_heads=1, d_ff=8)
   a, b = (model.Model(spec, models.init(spec, jax.random.key(i))) for i in (0, 1))

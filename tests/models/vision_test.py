@@ -164,7 +164,7 @@ def test_the_patches_of_a_vit_are_squares():
 
 
 @pytest.mark.parametrize(
-  "name", ["vit", *(pytest.param(n, marks=pytest.mark.slow) for n in SPECS if n != "vit")]
+  "name", ["conv", *(pytest.param(n, marks=pytest.mark.slow) for n in SPECS if n != "conv")]
 )
 def test_drivers_and_methods_take_it(name):
   m = make(name)
