@@ -13,9 +13,8 @@ import pathlib
 os.environ["JAX_PLATFORMS"] = "cpu"
 # No command of a test shall take programs from the user's cache, or leave some there.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
-# Nearly all the time of these tests goes into compiling, and LLVM's optimizations are a quarter of
-# it. A caller's flags, such as virtual devices, would change what is tested.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+# A caller's flags, such as virtual devices, would change what is tested.
+os.environ["XLA_FLAGS"] = ""
 
 import beartype
 import jax
@@ -46,7 +45,11 @@ def pytest_configure(config: pytest.Config) -> None:
   """Sets JAX up before any test module is imported."""
   jax.config.update("jax_numpy_rank_promotion", "raise")
   gc.set_threshold(50_000, 20, 50)  # looking for garbage took a thirtieth of the time
-  if names_peers(config):
+  if not names_peers(config):
+    # Nearly all the time of these tests goes into compiling, and LLVM's optimizations are a quarter
+    # of it. Peers are compared with what users run.
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+  else:
     for line in PEERS_WARNINGS:
       config.addinivalue_line("filterwarnings", line)
   cache = getattr(config, "cache", None)

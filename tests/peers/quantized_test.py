@@ -41,7 +41,8 @@ DENSE = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=
 GPTQ = {"quantization_config": transformers.GPTQConfig(bits=4, backend="torch")}
 AWQ = {"quantization_config": transformers.AwqConfig(backend="torch_awq")}
 MIXED = (
-  "compress.quantize.rtn(bits=4) + compress.quantize.rtn(bits=8, select='layers/1/mlp/.*kernel')"
+  "compress.quantize.rtn(bits=4, select='layers/(0/.*|1/attn/.*)kernel') + "
+  "compress.quantize.rtn(bits=8, select='layers/1/mlp/.*kernel')"
 )
 # name: (family, transform, layout, how transformers loads it, tolerance)
 CASES = {
