@@ -228,7 +228,7 @@ def race(
 
 
 def stream(folder: pathlib.Path, repeats: int) -> None:
-  """Print how fast rounding to nearest streams a checkpoint of 0.94 GB, against copying it.
+  """Print how fast rounding to nearest streams a checkpoint of 3.4 GB, against copying it.
 
   Args:
     folder: where to put the checkpoint and the results, which are removed.
@@ -237,7 +237,7 @@ def stream(folder: pathlib.Path, repeats: int) -> None:
   source = folder / "large"
   if not (source / "model.safetensors").is_file():
     spec = dataclasses.replace(
-      bench_core.spec_of(100), family="llama", vocab_size=32000, d_model=1024, num_layers=24,
+      bench_core.spec_of(100), family="llama", vocab_size=32000, d_model=1024, num_layers=96,
       num_heads=16, num_kv_heads=16, head_dim=64, rope_dim=64, d_ff=4096,
     )  # fmt: skip
     params = models.init(spec, jax.random.key(0), jnp.bfloat16)
