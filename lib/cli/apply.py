@@ -147,6 +147,8 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
   staging.check_output(values.out, values.overwrite)
   transform = read_transform(values)
   source = checkpoint.Checkpoint(values.model)
+  if values.format is not None:  # not only after all the work
+    export.check_family(source.spec, values.out)
   if values.budget is not None:
     materials = bring(values, source, transform)
     transform = fit(values, transform, source, materials)

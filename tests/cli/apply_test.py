@@ -77,6 +77,15 @@ def test_every_driver_writes_the_same_weights(directories, tmp_path, driver):
   assert files[1].lineage[0].driver == {"blockwise": "run_blockwise"}.get(driver, driver)
 
 
+def test_a_family_of_no_other_tool_is_refused_before_the_work(tmp_path, capsys):
+  spec = models.Spec(vocab_size=8, d_model=8, num_layers=1, num_heads=1, d_ff=8)
+  io.save(model.Model(spec, models.init(spec, jax.random.key(0))), tmp_path / "own")
+  args = [f"--model={tmp_path / 'own'}", f"--out={tmp_path / 'out'}", f"--transform={RTN}"]
+  assert apply(*args, "--format=compressed-tensors") == 2
+  assert "it belongs to no family" in capsys.readouterr().err
+  assert [p.name for p in tmp_path.iterdir()] == ["own"]
+
+
 def test_calibration_is_recorded_well_enough_to_do_it_again(directories, tmp_path, text):
   out = tmp_path / "out"
   args = [f"--model={directories / 'base'}", f"--out={out}", f"--calibration={text}", "--seed=3"]
