@@ -106,8 +106,7 @@ TABLE: dict[str, entries.Entry] = {
     oracle="tests/compress/prune/prune_test.py",
     verdict="not reproduced",
     command=entries.PRUNE,
-    note="better than magnitudes at 2:4 in three seeds, worse at 50 %, where no outlier features "
-    "are",
+    note="better than magnitudes at 2:4 in three seeds, worse at 50 %",
   ),
   "compress.prune.ziplm": entries.Entry(
     factory="treesurgeon.compress.prune.ziplm:ziplm",
