@@ -51,7 +51,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.alone = ("e1", "e6", "e7")  # left out of pairs: e1 is integers without the lowest code
   config.widths = (3, 4) if smoke else (3, 4, 5, 6, 7, 8)
   config.chosen = (3,) if smoke else (3, 4, 5)
-  rtn, gptq = f"{Q}rtn({{form}})", f"{Q}gptq({{form}})"
+  rtn, gptq = f"{Q}rtn({{form}})", f"{Q}gptq({{form}}, act_order=False)"
   config.recipes = (
     ("RTN", "", rtn, False),
     ("RTN, ranges searched", "", f"{Q}rtn({{form}}, mse=True)", False),

@@ -49,10 +49,12 @@ def methods(steps: int, learned: str) -> dict:
     "RTN": at(f"rtn({FORM})", encoder={"groups": (32,)}),
     "RTN asym": at(f"rtn({FORM}, symmetric=False)", **few),
     "RTN mse": at(f"rtn({FORM}, mse=True)", **few),
-    "GPTQ": at(f"gptq({FORM})", encoder={"bits": (4, 3, 2), "groups": (32,)}),
-    "GPTQ act-order": at(f"gptq({FORM}, act_order=True)", **{**few, "encoder": {"bits": (3,)}}),
-    "GPTQ asym": at(f"gptq({FORM}, symmetric=False)", **{**few, "encoder": {"bits": (3,)}}),
-    "GPTQ asym act-order": at(f"gptq({FORM}, symmetric=False, act_order=True)", **low),
+    "GPTQ": at(f"gptq({FORM}, act_order=False)", encoder={"bits": (4, 3, 2), "groups": (32,)}),
+    "GPTQ act-order": at(f"gptq({FORM})", **{**few, "encoder": {"bits": (3,)}}),
+    "GPTQ asym": at(
+      f"gptq({FORM}, symmetric=False, act_order=False)", **{**few, "encoder": {"bits": (3,)}}
+    ),
+    "GPTQ asym act-order": at(f"gptq({FORM}, symmetric=False)", **low),
     "HQQ": at("hqq(bits={bits}, group_size={group})", **{**few, "encoder": {"bits": (2,)}}),
     "AWQ": at(
       "awq(bits={bits}, group_size={group})", **{**few, "encoder": {"bits": ()}}, rotated=True

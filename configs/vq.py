@@ -53,8 +53,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   gqsa = f"{Q}gqsa({learn})"
   config.arms = (
     ("rtn, 2 bits", f"{Q}rtn(bits=2, group_size=64)"),
-    ("gptq, 2 bits", f"{Q}gptq(bits=2, group_size=64)"),
-    ("gptq, 2 bits of 16", f"{Q}gptq(bits=2, group_size=16)"),
+    ("gptq, 2 bits", f"{Q}gptq(bits=2, group_size=64, act_order=False)"),
+    ("gptq, 2 bits of 16", f"{Q}gptq(bits=2, group_size=16, act_order=False)"),
     ("vptq", f"{Q}vptq({vq}, outliers=0.0)"),
     ("vptq, residual", f"{Q}vptq({vq}, outliers=0.0, residual=16)"),
     ("vptq, outliers", f"{Q}vptq({vq})"),

@@ -4,7 +4,7 @@
   python tests/peers/gptqmodel_oneshot.py gptq4 MODEL TOKENS.npy OUT [GROUP]
 
 One whole command: it loads the model, calibrates on the rows of tokens, quantizes and saves. The
-case is "gptq", the bits, and "order" for activation order. On two cores its pool of threads is one
+case is "gptq", the bits, and "order" for activation order, "inturn" for none. On two cores its pool of threads is one
 short of what its loader asks for, which is told to it; it asks for a tokenizer beside the model,
 and leaves logs where it runs.
 """
@@ -33,8 +33,8 @@ def compress(what, model, tokens, out, group="128"):
     tokenizer_object=Tokenizer(models.WordLevel({"x": 0}, unk_token="x")),
     pad_token="x", eos_token="x",
   ).save_pretrained(folder)  # fmt: skip
-  order = what.endswith("order")
-  more = {"desc_act": True, "act_group_aware": False} if order else {}
+  order = what.endswith(("order", "inturn"))
+  more = {"desc_act": what.endswith("order"), "act_group_aware": False} if order else {}
   config = QuantizeConfig(bits=int(what[4]), group_size=int(group), device="cpu", **more)
   network = GPTQModel.load(str(folder), config)
   rows = [{"input_ids": r, "attention_mask": [1] * len(r)} for r in rows]

@@ -34,7 +34,7 @@ def recipe(what):
     return {"group_0": QuantizationScheme(targets=["Linear"], weights=args)}
 
   if what.startswith("gptq"):
-    order = {"actorder": "static"} if what.endswith("order") else {"actorder": None}
+    order = {"actorder": None} if what.endswith("inturn") else {}
     return [GPTQModifier(config_groups=scheme(int(what[4])), ignore=["lm_head"], **order)]
   if what == "awq":
     from llmcompressor.modifiers.transform.awq import AWQModifier

@@ -119,7 +119,7 @@ def gptq(
   bits: int = 4,
   group_size: int = 128,
   symmetric: bool = True,
-  act_order: bool = False,
+  act_order: bool | None = None,
   scales: str = "static",
   damping: float = 0.01,
   mse: bool = False,
@@ -133,7 +133,8 @@ def gptq(
     bits: width of a code, 1 to 8.
     group_size: input rows that share a scale; -1, or more than there are, is one a column.
     symmetric: whether there are no zero points.
-    act_order: round the most active inputs first.
+    act_order: round the most active inputs first; None does where it costs nothing, that is with
+      static scales.
     scales: "static" fits grids to the original weights, as llm-compressor; "dynamic" to the
       corrected ones when a group starts, as GPTQModel: finer where errors have grown, but with
       `act_order` each row then names its group.
@@ -150,15 +151,16 @@ def gptq(
     ValueError: for values out of range.
 
   Example:
-    >>> gptq(bits=3, act_order=True)
-    (compress.quantize.gptq(bits=3, act_order=True),)
+    >>> gptq(bits=3, act_order=False)
+    (compress.quantize.gptq(bits=3, act_order=False),)
 
   Reference:
     Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
     Transformers, 2022, arXiv:2210.17323.
   """
+  ordered = scales == "static" if act_order is None else act_order
   hyper = {
-    "bits": bits, "group_size": group_size, "symmetric": symmetric, "act_order": act_order,
+    "bits": bits, "group_size": group_size, "symmetric": symmetric, "act_order": ordered,
     "scales": scales, "damping": damping, "mse": mse, "scale_dtype": scale_dtype, "format": format,
   }  # fmt: skip
   grids.check(**hyper)

@@ -160,7 +160,9 @@ def evidence(h):
   return {"hessian": {ADDRESS: moment}}
 
 
-@pytest.mark.parametrize("how", [{}, {"act_order": True}, {"act_order": True, "scales": "dynamic"}])
+@pytest.mark.parametrize(
+  "how", [{"act_order": a, "scales": s} for a in (False, True) for s in gptq.SCALES]
+)
 def test_leaf_stands_for_what_was_found(how):
   w, h = problem(40, 8)
   step = gptq.gptq(group_size=16, **how)[0]
@@ -197,6 +199,19 @@ def test_kernels_that_share_inputs_come_out_as_each_alone(how):
       for x in (alone, rtn.rtn(**how)[0].apply(model.Part(None, {name: part}), {}, KEY))
     )
     assert np.einsum("ic,ij,jc", wrong, h, wrong) < np.einsum("ic,ij,jc", nearest, h, nearest)
+
+
+@pytest.mark.parametrize("scales", gptq.SCALES)
+def test_activity_decides_the_order_where_it_costs_nothing(scales):
+  w, h = problem(32, 4)
+  free, told = (
+    gptq.gptq(group_size=16, scales=scales, **how)[0]
+    .apply(toy(jnp.asarray(w)), evidence(h), KEY)
+    .leaf(ADDRESS)
+    for how in ({}, {"act_order": scales == "static"})
+  )
+  jax.tree.map(np.testing.assert_array_equal, free, told)
+  assert free.group_index is None
 
 
 def test_hopeless_moment_poisons_the_scales():
