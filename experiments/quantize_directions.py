@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from treesurgeon import registry
 from treesurgeon.compress.quantize import aligned
-from treesurgeon.core import leaves, step
+from treesurgeon.core import leaves, programs, step
 from treesurgeon.core import model as model_lib
 from treesurgeon.evaluate import size
 from treesurgeon.experiments import small_decoder
@@ -128,7 +128,7 @@ def randomly(one: step.Step, m: model_lib.Model, rng: np.random.Generator) -> mo
     ranks = np.argsort(rng.random((groups, blocks)), axis=0)
     wide = jnp.asarray(np.repeat(ranks < count, align, axis=1)[:, : w.shape[1]])
     hyper = tuple(sorted({**how, "count": count}.items()))
-    changes[a] = step.compiled(aligned.quantize, hyper)(w, {"wide": wide})
+    changes[a] = programs.compiled(aligned.quantize, hyper)(w, {"wide": wide})
   return m.update(changes)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from treesurgeon.adapt import adapters
-from treesurgeon.core import leaves, step
+from treesurgeon.core import leaves, lifting, step
 from treesurgeon.io import peft_config
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -91,7 +91,7 @@ def lora(
   if dtype not in DTYPES:
     raise ValueError(f"adapt.lora: dtype={dtype!r} must be one of {', '.join(DTYPES)}")
   hyper = {"rank": rank, "scale": peft_config.scaling(rank, alpha, rslora=rslora), "dtype": dtype}
-  return step.over_leaves(_adapt, hyper=hyper, select=select, random=True, raw=True)
+  return lifting.over_leaves(_adapt, hyper=hyper, select=select, random=True, raw=True)
 
 
 def _adapt(w: Any, *, key: jax.Array, rank: int, scale: float, dtype: str) -> leaves.Sum:

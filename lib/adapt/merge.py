@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from treesurgeon.adapt import adapters
-from treesurgeon.core import leaves, model, needs, step
+from treesurgeon.core import leaves, lifting, model, needs, step
 
 WHERE = r"(?:.*/)?(?:kernel|embedding)"
 
@@ -44,7 +44,7 @@ def merge(*, select: str | None = None, dense: bool = False) -> step.Step:
   """
   if not dense:
     return _guarded(select)
-  return step.over_leaves(fold, hyper={}, select=select, default=WHERE, domain=WHERE, raw=True)
+  return lifting.over_leaves(fold, hyper={}, select=select, default=WHERE, domain=WHERE, raw=True)
 
 
 def fold(w: Any) -> Any:
@@ -87,7 +87,7 @@ def root(w: Any) -> Any:
 
 def _guarded(select: str | None) -> step.Step:
   """Look at every base before anything is folded, where the addresses are known."""
-  inner = step.over_leaves(fold, hyper={}, select=select, default=WHERE, domain=WHERE, raw=True)
+  inner = lifting.over_leaves(fold, hyper={}, select=select, default=WHERE, domain=WHERE, raw=True)
 
   def apply(m: model.Model, evidence: needs.Evidence, key: jax.Array) -> model.Model:
     for address in m.addresses():

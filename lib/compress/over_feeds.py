@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from treesurgeon.compress import feeds as feeds_lib
 from treesurgeon.core import leaves as leaves_lib
-from treesurgeon.core import model, needs, paths, step
+from treesurgeon.core import model, needs, paths, programs, step
 
 SNAP = 1e-4  # scales so near to 1 are 1: what is scaled already stays as it is, to the bit
 
@@ -99,7 +99,7 @@ def over_layers(
       used = dict.fromkeys([*todo, *biases, *(n for f in feeds for n in f.writes)])
       static = {"feeds": tuple(feeds), "todo": tuple(todo), **hyper}
       static["plus_one"] = bool(getattr(m.spec, "norm_plus_one", False))
-      call = step.compiled(fn, tuple(sorted(static.items())))
+      call = programs.compiled(fn, tuple(sorted(static.items())))
       changes |= {at + n: x for n, x in call({n: own[n] for n in used if n in own}, given).items()}
     return m.update(changes)
 

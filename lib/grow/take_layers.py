@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from treesurgeon.core import leaves, needs, paths, step
+from treesurgeon.core import leaves, needs, paths, programs, step
 from treesurgeon.core import model as model_lib
 
 _LAYER = re.compile(r"layers/(\d+)/(.+)")
@@ -234,7 +234,7 @@ def _take(x: Any, *, places: tuple[int, ...], of: int) -> Any:
     return x[list(places)]
   if places == tuple(range(of)):
     return x
-  return step.compiled(_gather, ())(x, {"places": jnp.asarray(places, jnp.int32)})
+  return programs.compiled(_gather, ())(x, {"places": jnp.asarray(places, jnp.int32)})
 
 
 def _join(*parts: Any) -> Any:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step, trim, varied
+from treesurgeon.core import lifting, needs, step, trim, varied
 from treesurgeon.merge import spheres
 
 _EPSILON = 1e-8
@@ -135,7 +135,7 @@ def arcee_fusion(
   Reference:
     Goddard et al., Arcee's MergeKit, 2024, arXiv 2403.13257.
   """
-  return step.over_leaves(
+  return lifting.over_leaves(
     fuse,
     hyper={"axis": spheres.WITHIN},
     knobs={"lam": lam},

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step, trim, varied
+from treesurgeon.core import lifting, needs, step, trim, varied
 from treesurgeon.merge import consensus, rows
 from treesurgeon.merge import weights as weights_lib
 
@@ -211,7 +211,7 @@ def _step(
   weights_lib.check_shares(density, name="density")
   weights_lib.check_shares(gamma, name="gamma")
   fixed = {"normalize": normalize, "granularity": granularity, "elect": elect, "axis": rows.AXIS}
-  return step.over_leaves(
+  return lifting.over_leaves(
     keep_middle_and_merge,
     hyper={"density": density, "gamma": gamma, **fixed},
     knobs={"weights": weights, "lam": lam},

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from treesurgeon.core import needs, step, varied
+from treesurgeon.core import lifting, needs, step, varied
 from treesurgeon.merge import consensus
 from treesurgeon.merge import weights as weights_lib
 
@@ -223,7 +223,7 @@ def _step(
   if rescale not in RESCALES:
     raise ValueError(f"rescale={rescale!r}; valid: {', '.join(RESCALES)}")
   weights_lib.check_shares(density, name="density")
-  return step.over_leaves(
+  return lifting.over_leaves(
     drop_and_merge,
     hyper={"rescale": rescale, "normalize": normalize, "elect": elect},
     knobs={"weights": weights, "density": density, "lam": lam},

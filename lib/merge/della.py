@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from treesurgeon.core import needs, step, varied
+from treesurgeon.core import lifting, needs, step, varied
 from treesurgeon.merge import consensus, dare, rows
 from treesurgeon.merge import weights as weights_lib
 
@@ -211,7 +211,7 @@ def _step(
   if rescale not in RESCALES:
     raise ValueError(f"rescale={rescale!r}; valid: {', '.join(RESCALES)}")
   weights_lib.check_shares(density, name="density")
-  return step.over_leaves(
+  return lifting.over_leaves(
     sample_and_merge,
     hyper={"rescale": rescale, "normalize": normalize, "elect": elect, "axis": rows.AXIS},
     knobs={"weights": weights, "density": density, "epsilon": epsilon, "lam": lam},

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from treesurgeon.core import leaves, model, needs, paths, step, varied
+from treesurgeon.core import leaves, lifting, model, needs, paths, programs, step, varied
 from treesurgeon.merge import consensus
 from treesurgeon.merge import weights as weights_lib
 
@@ -154,7 +154,7 @@ def emr(
 def _over_leaves(
   task: int, alpha: varied.Varied, select: str | None, wants: Mapping[str, needs.Need]
 ) -> step.Step:
-  return step.over_leaves(
+  return lifting.over_leaves(
     serve,
     hyper={"task": task},
     knobs={"alpha": alpha},
@@ -179,7 +179,7 @@ def _over_model(
       step.check_donors(address, w, donors)
       _check(len(donors), task=task)
     tree = leaves.map_leaves(leaves.dense, tree)
-    scale = step.compiled(global_scale, (("task", task),))(tree, {})
+    scale = programs.compiled(global_scale, (("task", task),))(tree, {})
     return each.apply(m, {**evidence, "scale": dict.fromkeys(found, scale)}, key)
 
   def units(names: Sequence[str]) -> step.Units:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, paths, step, varied
+from treesurgeon.core import lifting, needs, paths, step, varied
 from treesurgeon.merge import weights as weights_lib
 
 
@@ -98,7 +98,7 @@ def fisher(
   if not all(x > 0 for x in varied.values(floor)):
     raise ValueError(f"floor={floor} must be above 0")
   knobs = {"weights": weights, "lam": lam, "floor": floor}
-  each = step.over_leaves(
+  each = lifting.over_leaves(
     weigh,
     hyper={},
     knobs=knobs,

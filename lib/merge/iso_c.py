@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step, varied
+from treesurgeon.core import lifting, needs, step, varied
 from treesurgeon.merge import subspaces
 from treesurgeon.merge import weights as weights_lib
 
@@ -194,7 +194,7 @@ def iso_cts(
 def _lift(
   fn: Any, hyper: Mapping[str, Any], models: Any, weights: Any, lam: Any, select: str | None
 ) -> step.Step:
-  return step.over_leaves(
+  return lifting.over_leaves(
     fn,
     hyper=hyper,
     knobs={"weights": weights, "lam": lam},

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step, varied
+from treesurgeon.core import lifting, needs, step, varied
 from treesurgeon.merge import spheres
 from treesurgeon.merge import weights as weights_lib
 
@@ -115,7 +115,7 @@ def karcher(
   """
   if max_iter < 0 or not tol > 0:
     raise ValueError(f"max_iter={max_iter}, tol={tol}: valid are max_iter from 0 and tol above 0")
-  return step.over_leaves(
+  return lifting.over_leaves(
     mean,
     hyper={"max_iter": max_iter},
     knobs={"weights": weights, "tol": tol},

@@ -30,7 +30,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int32
 
-from treesurgeon.core import leaves, needs, step, varied
+from treesurgeon.core import leaves, lifting, needs, step, varied
 from treesurgeon.merge import consensus, low_rank, subspaces
 from treesurgeon.merge import weights as weights_lib
 
@@ -182,7 +182,7 @@ def knots(
   if not all(0 <= share <= 1 for share in varied.values(density)):
     raise ValueError(f"density={density} must lie between 0 and 1")
   return low_rank.with_adapters(
-    step.over_leaves(
+    lifting.over_leaves(
       merge_aligned,
       hyper={
         **subspaces.hyper(matrices),

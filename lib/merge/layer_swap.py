@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from treesurgeon.core import leaves, model, needs, paths, step
+from treesurgeon.core import leaves, model, needs, paths, programs, step
 from treesurgeon.merge import wise_ft
 
 _LAYER = re.compile(r"layers/(\d+)/.*")
@@ -120,7 +120,7 @@ def _over(
   def apply(m: model.Model, evidence: needs.Evidence, key: jax.Array) -> model.Model:
     del key
     of_layer = shares(_depth(m), bottom=bottom, top=top, transition=seams, weight=weight)
-    run = step.compiled(wise_ft.interpolate, ())
+    run = programs.compiled(wise_ft.interpolate, ())
     changes = {}
     for address in m.addresses():
       share = _share(address, of_layer, bottom, top, ends)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step, varied
+from treesurgeon.core import lifting, needs, step, varied
 from treesurgeon.merge import weights as weights_lib
 
 
@@ -79,7 +79,7 @@ def linear(
   Reference:
     Wortsman et al., Model soups, 2022, arXiv 2203.05482.
   """
-  return step.over_leaves(
+  return lifting.over_leaves(
     average,
     hyper={"normalize": normalize},
     knobs={"weights": weights},

@@ -13,7 +13,7 @@ import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from treesurgeon.core import leaves, model, needs, step
+from treesurgeon.core import leaves, model, needs, programs, step
 
 
 def with_adapters(inner: step.Step) -> step.Step:
@@ -27,7 +27,7 @@ def with_adapters(inner: step.Step) -> step.Step:
     The step. At an address all donors come as adapters or all come dense.
 
   Example:
-    >>> merge = step.over_leaves(lambda w, donors: changes(w, donors).sum(axis=0), hyper={},
+    >>> merge = lifting.over_leaves(lambda w, donors: changes(w, donors).sum(axis=0), hyper={},
     ...   wants={"donors": needs.Donors()}, raw=True, default=".*")
     >>> low = leaves.LowRank(jnp.ones((2, 1)), jnp.ones((1, 1)))
     >>> m = model.Model(None, {"kernel": jnp.zeros((2, 1))})
@@ -119,7 +119,7 @@ def _adapter(w: Any, leaf: Any) -> leaves.LowRank | None:
     return None
   if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((w, base))):
     return low  # a dry run: shapes are the same either way
-  return low if step.compiled(_equal, ())(w, {"base": base}) else None
+  return low if programs.compiled(_equal, ())(w, {"base": base}) else None
 
 
 def _equal(w: Any, base: Any) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step, varied
+from treesurgeon.core import lifting, needs, step, varied
 from treesurgeon.merge import consensus
 from treesurgeon.merge import weights as weights_lib
 
@@ -68,7 +68,7 @@ def magmax(
   Reference:
     Marczak et al., MagMax, 2024, arXiv 2407.06322.
   """
-  return step.over_leaves(
+  return lifting.over_leaves(
     add_largest,
     hyper={},
     knobs={"lam": lam},

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step, varied
+from treesurgeon.core import lifting, needs, step, varied
 from treesurgeon.merge import spheres
 
 _TINY = 1e-6
@@ -94,7 +94,7 @@ def model_stock(
   Reference:
     Jang et al., Model Stock, 2024, arXiv 2403.19522.
   """
-  return step.over_leaves(
+  return lifting.over_leaves(
     interpolate,
     hyper={"axis": spheres.WITHIN if filter_wise else None},
     knobs={"lam": lam},

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step, varied
+from treesurgeon.core import lifting, needs, step, varied
 from treesurgeon.merge import spheres
 from treesurgeon.merge import weights as weights_lib
 
@@ -112,7 +112,7 @@ def multislerp(
   """
   if not eps > 0:
     raise ValueError(f"eps={eps} must be positive")
-  return step.over_leaves(
+  return lifting.over_leaves(
     barycenter,
     hyper={"normalize_weights": normalize_weights, "deltas": deltas},
     knobs={"weights": weights, "eps": eps},

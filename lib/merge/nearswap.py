@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step, varied
+from treesurgeon.core import lifting, needs, step, varied
 from treesurgeon.merge import spheres
 
 
@@ -60,7 +60,7 @@ def nearswap(
   Reference:
     Alchemonaut, NearSwap, 2024, https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001
   """
-  return step.over_leaves(
+  return lifting.over_leaves(
     swap_near,
     hyper={},
     knobs={"t": t},

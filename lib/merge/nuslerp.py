@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step, varied
+from treesurgeon.core import lifting, needs, step, varied
 from treesurgeon.merge import spheres
 from treesurgeon.merge import weights as weights_lib
 
@@ -104,7 +104,7 @@ def nuslerp(
     Goddard et al., Arcee's MergeKit, 2024, arXiv 2403.13257.
   """
   weights_lib.resolve(weights, 2, of="models")
-  return step.over_leaves(
+  return lifting.over_leaves(
     interpolate,
     hyper={
       "axis": None if flatten else spheres.ACROSS if row_wise else spheres.WITHIN,

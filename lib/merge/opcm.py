@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import leaves, model, needs, paths, step, varied
+from treesurgeon.core import leaves, model, needs, paths, programs, step, varied
 from treesurgeon.merge import subspaces
 from treesurgeon.merge import weights as weights_lib
 
@@ -125,16 +125,16 @@ def _step(
     chosen = [a for a in m.addresses() if re.fullmatch(pattern, a)]
     sums = {a: _sum(m, evidence["donors"][a], a, knobs) for a in chosen}
     if granularity == "global" and sums:
-      whole = step.compiled(_scale, ())([squares for _, squares in sums.values()], {})
+      whole = programs.compiled(_scale, ())([squares for _, squares in sums.values()], {})
       scales = dict.fromkeys(sums, whole)
     else:
-      scales = {a: step.compiled(_scale, ())([squares], {}) for a, (_, squares) in sums.items()}
+      scales = {a: programs.compiled(_scale, ())([squares], {}) for a, (_, squares) in sums.items()}
     changes = {}
     for address in chosen:
       total, _ = sums.pop(address)
       lam = jnp.float32(varied.at(knobs["lam"], address))
       given = {"delta": total, "scale": scales[address], "lam": lam}
-      changes[address] = step.compiled(_added, ())(leaves.dense(m.leaf(address)), given)
+      changes[address] = programs.compiled(_added, ())(leaves.dense(m.leaf(address)), given)
     return m.update(changes)
 
   def units(names: Sequence[str]) -> step.Units:
@@ -167,7 +167,7 @@ def _sum(
     step.check_donors(address, w, [donor], first=i)
     given = {"donor": leaves.dense(donor), "total": total, "alpha": alpha}
     del donor
-    total, square, size = step.compiled(_next, hyper)(w, given)
+    total, square, size = programs.compiled(_next, hyper)(w, given)
     squares.append(square)
     # Programs run behind the loop: unless it waits, donors queue up in memory.
     jax.block_until_ready(total)

@@ -24,7 +24,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step, varied
+from treesurgeon.core import lifting, needs, step, varied
 from treesurgeon.merge import subspaces
 
 VARIANTS = ("full", "lora")
@@ -131,7 +131,7 @@ def optmerge(
   for name, value in (("steps", steps), ("lr", lr)):
     if any(x is not None and x < 0 for x in varied.values(value)):
       raise ValueError(f"{name}={value} must not be negative")
-  return step.over_leaves(
+  return lifting.over_leaves(
     denoised_interference,
     hyper={
       **subspaces.hyper(matrices),

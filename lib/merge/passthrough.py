@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import step, varied
+from treesurgeon.core import lifting, step, varied
 
 
 def scaled(w: Float[Array, "*shape"], *, scale: ArrayLike = 1.0) -> Float[Array, "*shape"]:
@@ -49,6 +49,6 @@ def passthrough(*, scale: varied.Varied = 1.0, select: str | None = None) -> ste
   Reference:
     Goddard et al., Arcee's MergeKit, 2024, arXiv 2403.13257.
   """
-  return step.over_leaves(
+  return lifting.over_leaves(
     scaled, hyper={}, knobs={"scale": scale}, split=True, select=select, default=".*", domain=".*"
   )

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import leaves, model, needs, paths, step, trim, varied
+from treesurgeon.core import leaves, lifting, model, needs, paths, programs, step, trim, varied
 from treesurgeon.merge import consensus, rows
 from treesurgeon.merge import weights as weights_lib
 
@@ -199,7 +199,7 @@ def pcb(
   weights_lib.check_shares(density, name="density")
   wants: dict[str, needs.Need] = {"donors": needs.Donors(tuple(models))}
   if granularity != "global":
-    return step.over_leaves(
+    return lifting.over_leaves(
       merge,
       hyper={"density": density, "granularity": granularity, "axis": rows.AXIS},
       knobs={"lam": lam, "weights": weights},
@@ -226,7 +226,7 @@ def _over_model(
       weights_lib.check(len(donors), weights=knobs["weights"])
     tree = leaves.map_leaves(leaves.dense, tree)
     turned = jax.tree.map(jnp.float32, dict(knobs))
-    return m.update(step.compiled(merge_tree, (("density", density),))(tree, turned))
+    return m.update(programs.compiled(merge_tree, (("density", density),))(tree, turned))
 
   def units(names: Sequence[str]) -> step.Units:
     return [tuple(paths.select(names, pattern))]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step, varied
+from treesurgeon.core import lifting, needs, step, varied
 from treesurgeon.merge import weights as weights_lib
 
 
@@ -121,7 +121,7 @@ def ramplus_tl(
 
 
 def _lift(knobs: dict[str, varied.Varied], models: Sequence[str], select: str | None) -> step.Step:
-  return step.over_leaves(
+  return lifting.over_leaves(
     merge_changes,
     hyper={},
     knobs=knobs,

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import linalg, needs, paths, step, varied
+from treesurgeon.core import lifting, linalg, needs, paths, step, varied
 from treesurgeon.core import model as model_lib
 from treesurgeon.merge import weights as weights_lib
 
@@ -187,7 +187,7 @@ def build(
   if not all(r >= 0 for r in varied.values(ridge)):
     raise ValueError(f"ridge={ridge} must not be negative")
   donors: dict[str, needs.Need] = {"donors": needs.Donors(models)}
-  solve = step.over_leaves(
+  solve = lifting.over_leaves(
     solve_leaf,
     hyper={},
     knobs={"weights": weights, "alpha": alpha, "ridge": ridge, "lam": lam},
@@ -197,7 +197,7 @@ def build(
     wants={**donors, "grams": needs.Statistic("second_moment", of="donors")},
     scope=scope,
   )
-  rest = step.over_leaves(
+  rest = lifting.over_leaves(
     mean_leaf,
     hyper={},
     knobs={"weights": weights, "lam": lam},

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step, varied
+from treesurgeon.core import lifting, needs, step, varied
 from treesurgeon.merge import consensus
 from treesurgeon.merge import weights as weights_lib
 
@@ -120,7 +120,7 @@ def robust_weight_signatures(
   Reference:
     Cai et al., Robust weight signatures, 2023, arXiv 2302.12480.
   """
-  return step.over_leaves(
+  return lifting.over_leaves(
     patch,
     hyper={},
     knobs={"alpha": alpha, "weights": weights},

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from treesurgeon.core import needs, step, trim, varied
+from treesurgeon.core import lifting, needs, step, trim, varied
 from treesurgeon.merge import weights as weights_lib
 
 _TINY = 1e-6
@@ -99,7 +99,7 @@ def sce(
   """
   if not all(0 <= share <= 1 for share in varied.values(select_topk)):
     raise ValueError(f"select_topk={select_topk} must lie between 0 and 1")
-  return step.over_leaves(
+  return lifting.over_leaves(
     select_calculate_erase,
     hyper={},
     knobs={"select_topk": select_topk},

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step, varied
+from treesurgeon.core import lifting, needs, step, varied
 from treesurgeon.merge import spheres
 
 _COLLINEAR = 0.9995
@@ -70,7 +70,7 @@ def slerp(
   Reference:
     Shoemake, Animating rotation with quaternion curves, 1985.
   """
-  return step.over_leaves(
+  return lifting.over_leaves(
     interpolate,
     hyper={},
     knobs={"t": t},

@@ -77,7 +77,7 @@ def arc(
 
 
 def exactly(count: int, *, of: str = "donor") -> Callable[..., None]:
-  """Make the check of a merge that takes a fixed number of donors; for `step.over_leaves`.
+  """Make the check of a merge that takes a fixed number of donors; for `lifting.over_leaves`.
 
   Args:
     count: how many.

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from treesurgeon.core import lifting, needs, step, varied
 from treesurgeon.core import model as model_lib
-from treesurgeon.core import needs, step, varied
 from treesurgeon.merge import consensus as consensus_lib
 from treesurgeon.merge import weights as weights_lib
 
@@ -159,7 +159,7 @@ def tall_masks(
     Wang et al., Localizing task information, 2024, arXiv 2405.07813.
   """
   _check_lam(lam)
-  return step.over_leaves(
+  return lifting.over_leaves(
     rebuild,
     hyper={"task": task},
     knobs={"weights": weights, "lam": lam, "alpha": alpha},
@@ -205,7 +205,7 @@ def consensus(
     Wang et al., Localizing task information, 2024, arXiv 2405.07813.
   """
   _check_lam(lam)
-  return step.over_leaves(
+  return lifting.over_leaves(
     agree,
     hyper={"k": k},
     knobs={"weights": weights, "lam": lam, "alpha": alpha},

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step, varied
+from treesurgeon.core import lifting, needs, step, varied
 from treesurgeon.merge import consensus
 from treesurgeon.merge import weights as weights_lib
 
@@ -76,7 +76,7 @@ def task_arithmetic(
   Reference:
     Ilharco et al., Editing models with task arithmetic, 2022, arXiv 2212.04089.
   """
-  return step.over_leaves(
+  return lifting.over_leaves(
     add_task_vectors,
     hyper={"normalize": normalize},
     knobs={"weights": weights, "lam": lam},

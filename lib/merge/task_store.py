@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, UInt8
 
-from treesurgeon.core import leaves, needs, packing, step
+from treesurgeon.core import leaves, needs, packing, programs, step
 from treesurgeon.io import safetensors, writer
 from treesurgeon.merge import tall_masks
 from treesurgeon.merge import weights as weights_lib
@@ -61,7 +61,7 @@ def save(
   )
   weight = weights_lib.resolve(weights, len(donors), of="donors")
   knobs = {"lam": tuple(map(np.float32, lams)), "weights": tuple(map(np.float32, weight))}
-  encode = step.compiled(_encode, ())
+  encode = programs.compiled(_encode, ())
   with writer.Writer(directory, overwrite=overwrite) as out:
     for address in base.addresses():
       w = leaves.dense(base.leaf(address))
@@ -166,7 +166,9 @@ class Served:
         f"{w.dtype}{list(w.shape)}; serve over the base that it was made from"
       )
     bits = self._store.tensor(f"{MASKS}/{self._place}/{address}")
-    return step.compiled(_decode, ())(w, {"merged": jnp.asarray(merged), "bits": jnp.asarray(bits)})
+    return programs.compiled(_decode, ())(
+      w, {"merged": jnp.asarray(merged), "bits": jnp.asarray(bits)}
+    )
 
   def struct(self, address: str) -> jax.ShapeDtypeStruct:
     """Describe one leaf without reading it."""

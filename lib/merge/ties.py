@@ -23,7 +23,18 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import leaves, model, needs, paths, pieces, step, trim, varied
+from treesurgeon.core import (
+  leaves,
+  lifting,
+  model,
+  needs,
+  paths,
+  pieces,
+  programs,
+  step,
+  trim,
+  varied,
+)
 from treesurgeon.merge import consensus
 from treesurgeon.merge import weights as weights_lib
 
@@ -150,7 +161,7 @@ def ties(
   knobs = {"weights": weights, "lam": lam}
   wants: dict[str, needs.Need] = {"donors": needs.Donors(tuple(models))}
   if granularity == "tensor":
-    return step.over_leaves(
+    return lifting.over_leaves(
       trim_elect_merge,
       hyper={"normalize": normalize, "density": density},
       knobs=knobs,
@@ -176,7 +187,7 @@ def _over_model(
   wants: Mapping[str, needs.Need],
 ) -> step.Step:
   """Cut all leaves first, then merge each by itself with its cut as evidence."""
-  each = step.over_leaves(
+  each = lifting.over_leaves(
     trim_elect_merge,
     hyper={"normalize": normalize},
     knobs=knobs,
@@ -193,7 +204,7 @@ def _over_model(
     for address, (w, donors) in tree.items():
       step.check_donors(address, w, donors)
     tree = leaves.map_leaves(leaves.dense, tree)
-    cuts = step.compiled(global_cuts, (("density", density),))(tree, {})
+    cuts = programs.compiled(global_cuts, (("density", density),))(tree, {})
     return each.apply(m, {**evidence, "cuts": cuts}, key)
 
   def units(names: Sequence[str]) -> step.Units:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step, varied
+from treesurgeon.core import lifting, needs, step, varied
 from treesurgeon.merge import subspaces
 from treesurgeon.merge import weights as weights_lib
 
@@ -98,7 +98,7 @@ def tsv_merge(
   Reference:
     Gargiulo et al., Task singular vectors, 2024, arXiv 2412.00081.
   """
-  return step.over_leaves(
+  return lifting.over_leaves(
     merge_singular_vectors,
     hyper=subspaces.hyper(matrices),
     knobs={"weights": weights, "lam": lam},

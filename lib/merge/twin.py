@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import leaves, needs, step, varied
+from treesurgeon.core import leaves, lifting, needs, step, varied
 from treesurgeon.merge import consensus
 from treesurgeon.merge import weights as weights_lib
 
@@ -194,7 +194,7 @@ def twin(
     Lu et al., Twin-Merging, 2024, arXiv 2406.15479.
   """
   weights_lib.check_shares(rank, name="rank")
-  return step.over_leaves(
+  return lifting.over_leaves(
     mix,
     hyper={"rank": rank},
     knobs={"router": router, "lam": lam, "weights": weights},

@@ -18,7 +18,7 @@ import numpy as np
 
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.compress.quantize import rtn
-from treesurgeon.core import leaves, needs, step
+from treesurgeon.core import leaves, needs, programs, step
 from treesurgeon.io import safetensors, writer
 from treesurgeon.merge import robust_weight_signatures as rws
 
@@ -55,7 +55,7 @@ def extract(
     if re.fullmatch(pattern, address):
       w, r, p = (leaves.dense(m.leaf(address)) for m in (standard, robust, pretrained))
       step.check_donors(address, w, (r, p))
-      found[address] = step.compiled(_extract, ())(w, {"robust": r, "pretrained": p})
+      found[address] = programs.compiled(_extract, ())(w, {"robust": r, "pretrained": p})
   if not found:
     raise ValueError(f"no address matches {pattern!r}")
   return found

@@ -39,7 +39,7 @@ def resolve(weights: Sequence[Any] | None, count: int, *, of: str) -> tuple[Any,
 
 
 def check(donors: int, *, weights: Sequence[float] | None, **rest: Any) -> None:
-  """Check weights of donors as plain numbers, before they are traced; for `step.over_leaves`.
+  """Check weights of donors as plain numbers, before they are traced; for `lifting.over_leaves`.
 
   Args:
     donors: number of donors.
@@ -57,7 +57,7 @@ def check(donors: int, *, weights: Sequence[float] | None, **rest: Any) -> None:
 
 
 def check_task(donors: int, *, task: int, weights: Sequence[float] | None, **rest: Any) -> None:
-  """Check a donor's index too, for methods that serve one donor; for `step.over_leaves`.
+  """Check a donor's index too, for methods that serve one donor; for `lifting.over_leaves`.
 
   Args:
     donors: number of donors.

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import model, needs, step, varied
+from treesurgeon.core import lifting, model, needs, step, varied
 from treesurgeon.merge import spheres
 
 
@@ -66,7 +66,7 @@ def wise_ft(
   Reference:
     Wortsman et al., Robust fine-tuning of zero-shot models, 2021, arXiv 2109.01903.
   """
-  return step.over_leaves(
+  return lifting.over_leaves(
     interpolate,
     hyper={},
     knobs={"alpha": alpha},

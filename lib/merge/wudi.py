@@ -28,7 +28,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step, varied
+from treesurgeon.core import lifting, needs, step, varied
 from treesurgeon.merge import subspaces
 
 SOLVERS = ("adam", "closed")
@@ -135,7 +135,7 @@ def wudi(
   for name, value in (("steps", steps), ("lr", lr), ("time", time)):
     if any(x is not None and x < 0 for x in varied.values(value)):
       raise ValueError(f"{name}={value} must not be negative")
-  return step.over_leaves(
+  return lifting.over_leaves(
     least_interference,
     hyper={
       **subspaces.hyper(matrices),

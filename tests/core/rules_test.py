@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from treesurgeon import registry
-from treesurgeon.core import literals, model, needs, step
+from treesurgeon.core import lifting, literals, model, needs, step
 
 KEY = jax.random.key(0)
 NAMES = [f"layers/{i}/{m}/kernel" for i in range(3) for m in ("attn/q", "attn/k", "mlp/up")]
@@ -41,20 +41,20 @@ def twice(
 ) -> step.Step:
   """Double kernels."""
   del times, by, of
-  return step.over_leaves(double, hyper={}, select=select)
+  return lifting.over_leaves(double, hyper={}, select=select)
 
 
 @step.method("test.noisy")
 def noisy(*, select: str | None = None) -> step.Step:
   """Add noise."""
-  return step.over_leaves(noise, hyper={}, select=select, random=True)
+  return lifting.over_leaves(noise, hyper={}, select=select, random=True)
 
 
 @step.method("test.together")
 def together() -> step.Step:
   """Add q and k."""
   groups = r"(?P<group>layers/\d+/attn)/(?P<role>q|k)/kernel"
-  return step.over_groups(add_up, groups=groups, hyper={})
+  return lifting.over_groups(add_up, groups=groups, hyper={})
 
 
 def value(m, address):
@@ -153,7 +153,7 @@ def test_groups_change_together_and_are_not_torn():
 
 def test_groups_check_their_donors():
   pattern = r"(?P<group>x)/(?P<role>a)"
-  one = step.over_groups(
+  one = lifting.over_groups(
     lambda w, donors: w, groups=pattern, hyper={}, wants={"donors": needs.Donors()}
   )
   m = model.Model(None, {"x": {"a": jnp.ones(3)}})

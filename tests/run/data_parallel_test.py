@@ -38,7 +38,7 @@ def main(out):
   import numpy as np
 
   from treesurgeon import models
-  from treesurgeon.core import model, needs, step
+  from treesurgeon.core import lifting, model, needs
   from treesurgeon.run import activations, collect, drivers, statistics
 
   spec = models.Spec(vocab_size=19, d_model=8, num_layers=2, num_heads=2, d_ff=16, max_positions=16)
@@ -58,8 +58,8 @@ def main(out):
   moment = needs.Statistic("second_moment")
   wants = {"moment": moment, "top": needs.Statistic("absmax")}
   steps = {
-    "leaves": step.over_leaves(scaled, hyper={}, wants=wants, scope="block"),
-    "blocks": step.over_blocks(told, hyper={}, wants={"moment": moment}),
+    "leaves": lifting.over_leaves(scaled, hyper={}, wants=wants, scope="block"),
+    "blocks": lifting.over_blocks(told, hyper={}, wants={"moment": moment}),
   }
 
   def watched(one):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from treesurgeon import models, registry
-from treesurgeon.core import model, needs, paths, step
+from treesurgeon.core import lifting, model, needs, paths, step
 from treesurgeon.run import collect, donors, drivers, dry, gradients
 
 SPEC = models.Spec(vocab_size=19, d_model=8, num_layers=2, num_heads=2, d_ff=12, max_positions=16)
@@ -39,7 +39,7 @@ def weigh(w, donors, sizes):
 def weighed(*, select: str | None = None) -> step.Step:
   """Weigh donors by the sizes of their inputs."""
   wants = {"donors": needs.Donors(), "sizes": needs.Statistic("sum_squares", of="donors")}
-  return step.over_leaves(weigh, hyper={}, select=select, wants=wants, scope="block")
+  return lifting.over_leaves(weigh, hyper={}, select=select, wants=wants, scope="block")
 
 
 class Lazy:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from treesurgeon import models, registry
-from treesurgeon.core import leaves, lineage, model, needs, paths, step
+from treesurgeon.core import leaves, lifting, lineage, model, needs, paths, step
 from treesurgeon.run import activations, collect, drivers, dry, replay, statistics
 
 SPEC = models.Spec(vocab_size=19, d_model=8, num_layers=3, num_heads=2, d_ff=16, max_positions=16)
@@ -58,7 +58,7 @@ def scaled(w, inputs):
 @step.method("test.noisy")
 def noisy(*, select: str | None = None) -> step.Step:
   """Add noise."""
-  return step.over_leaves(
+  return lifting.over_leaves(
     noise, hyper={}, select=select, default=".*", domain=".*", random=True, raw=True
   )
 
@@ -66,14 +66,14 @@ def noisy(*, select: str | None = None) -> step.Step:
 @step.method("test.damage")
 def damage(*, select: str) -> step.Step:
   """Break weights."""
-  return step.over_leaves(damaged, hyper={}, select=select)
+  return lifting.over_leaves(damaged, hyper={}, select=select)
 
 
 @step.method("test.scale")
 def scale(*, select: str | None = None) -> step.Step:
   """Scale by the inputs."""
   wants = {"inputs": needs.Statistic("sum_squares")}
-  return step.over_leaves(scaled, hyper={}, select=select, wants=wants, scope="block")
+  return lifting.over_leaves(scaled, hyper={}, select=select, wants=wants, scope="block")
 
 
 def told(w, inputs, targets, forward, inputs_squared, key, rate):
@@ -90,7 +90,7 @@ def tell(*, select: str | None = None, rate: float = 0.5) -> step.Step:
   """Scale by all there is to know of a block."""
   wants = {"inputs_squared": needs.Statistic("sum_squares")}
   hyper = {"rate": rate}
-  return step.over_blocks(told, hyper=hyper, wants=wants, select=select, random=True)
+  return lifting.over_blocks(told, hyper=hyper, wants=wants, select=select, random=True)
 
 
 def test_every_driver_gives_a_leaf_step_the_same_bits():
@@ -199,7 +199,7 @@ def test_blocks_of_equal_structure_share_a_program():
     return told(w, **given)
 
   wants = {"inputs_squared": needs.Statistic("sum_squares")}
-  again = step.over_blocks(counting, hyper={"rate": 0.5}, wants=wants, random=True)
+  again = lifting.over_blocks(counting, hyper={"rate": 0.5}, wants=wants, random=True)
   again.apply(m, evidence, jax.random.key(0))
   assert len(traces) == 1 and len(traces[0]) == 7
 
@@ -245,7 +245,7 @@ def test_what_a_step_on_blocks_lacks_is_named():
     return {"w": forward({"mlp/middle/kernel": 1}, inputs)}
 
   (one,) = tell()
-  one = step.over_blocks(wrong, hyper={})._replace(info=one.info)
+  one = lifting.over_blocks(wrong, hyper={})._replace(info=one.info)
   with pytest.raises(ValueError, match="layers/0: 'mlp/middle/kernel' is not in the block, which"):
     drivers.run((one,), make(), materials())
 
@@ -397,7 +397,7 @@ def test_dead_inputs_and_want_of_tokens_are_noted(driver):
   def same(w, hessian):
     return w + 0 * hessian.moment.sum()
 
-  one = step.over_leaves(same, hyper={}, wants={"hessian": needs.Statistic("second_moment")})
+  one = lifting.over_leaves(same, hyper={}, wants={"hessian": needs.Statistic("second_moment")})
   one = one._replace(info={"name": "demo", "given": {}, "arguments": {}}, scope="block")
   few = materials(batches=[TEXT[0][:, :5]])
   with pytest.warns(UserWarning) as told:
@@ -417,7 +417,7 @@ def test_blockwise_refuses_what_reaches_over_blocks():
   def same(w):
     return w
 
-  one = step.over_groups(
+  one = lifting.over_groups(
     same, groups=r"layers/\d+/(?P<group>.*)/(?P<role>kernel)", hyper={}, scope="leaf"
   )
   units = [("layers/0/mlp/up/kernel", "layers/1/mlp/up/kernel")]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from treesurgeon.compress.low_rank import svd
-from treesurgeon.core import needs, step, varied
+from treesurgeon.core import lifting, needs, step, varied
 
 
 def factorize(
@@ -78,7 +78,7 @@ def asvd(
     raise ValueError(f"alpha={alpha} must not be negative")
   wants = {"inputs": needs.Statistic("sum_magnitudes")}
   hyper = {"rank": rank, "ratio": ratio, "alpha": alpha}
-  return step.over_leaves(_leaf, hyper=hyper, select=select, wants=wants, scope="block")
+  return lifting.over_leaves(_leaf, hyper=hyper, select=select, wants=wants, scope="block")
 
 
 def _leaf(w: Any, inputs: Any, *, rank: int | None, ratio: float, alpha: float) -> Any:

@@ -12,7 +12,7 @@ kernel's dtype. The original model is a donor (`beside`). Neutral at rank 0.
 from typing import Any
 
 from treesurgeon.compress.low_rank import beside, svd, svd_llm
-from treesurgeon.core import needs, step
+from treesurgeon.core import lifting, needs, step
 
 
 @step.method("compress.low_rank.eora")
@@ -41,7 +41,7 @@ def eora(*, rank: int = 64, original: str | None = None, select: str | None = No
   if rank < 0:
     raise ValueError(f"rank={rank} must not be negative")
   wants = {"original": beside.want(original), "inputs": needs.Statistic("second_moment")}
-  return step.over_leaves(
+  return lifting.over_leaves(
     _leaf, hyper={"rank": rank}, check=beside.one_donor, select=select, wants=wants, raw=True,
     scope="block",
   )  # fmt: skip

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from treesurgeon.compress.low_rank import beside, svd
 from treesurgeon.compress.quantize import grid as grids
-from treesurgeon.core import leaves, step
+from treesurgeon.core import leaves, lifting, step
 
 BITS = 8
 
@@ -68,7 +68,7 @@ def lorc(*, rank: int = 8, original: str | None = None, select: str | None = Non
   """
   if rank < 0:
     raise ValueError(f"rank={rank} must not be negative")
-  return step.over_leaves(
+  return lifting.over_leaves(
     _leaf, hyper={"rank": rank}, check=beside.one_donor, select=select,
     wants={"original": beside.want(original)}, raw=True,
   )  # fmt: skip

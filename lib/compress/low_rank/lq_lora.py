@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, UInt8
 from treesurgeon.compress.low_rank import svd
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.compress.quantize import rtn
-from treesurgeon.core import leaves, needs, step
+from treesurgeon.core import leaves, lifting, needs, step
 
 ITERATIONS = 100
 FORMAT = "nf"
@@ -148,7 +148,7 @@ def lq_lora(
   hyper = {"rank": rank, "bits": bits, "group_size": group_size, "scale_dtype": scale_dtype}
   grids.check(bits=bits, group_size=group_size, scale_dtype=scale_dtype, format=FORMAT)
   wants = {"fisher": needs.Statistic("fisher")} if fisher else {}
-  return step.over_leaves(
+  return lifting.over_leaves(
     _leaf, hyper=hyper, select=select, wants=wants, raw=True, scope="block" if fisher else "leaf"
   )
 

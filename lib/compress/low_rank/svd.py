@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from treesurgeon.core import leaves, step, varied
+from treesurgeon.core import leaves, lifting, step, varied
 
 
 def factorize(
@@ -117,7 +117,7 @@ def svd(
     Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
   """
   check(rank=rank, ratio=ratio)
-  return step.over_leaves(_leaf, hyper={"rank": rank, "ratio": ratio}, select=select)
+  return lifting.over_leaves(_leaf, hyper={"rank": rank, "ratio": ratio}, select=select)
 
 
 def _leaf(w: Any, *, rank: int | None, ratio: float) -> Any:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from treesurgeon.compress.low_rank import svd
-from treesurgeon.core import linalg, needs, step, varied
+from treesurgeon.core import lifting, linalg, needs, step, varied
 
 DAMPING = 1e-6
 
@@ -78,7 +78,7 @@ def svd_llm(
   svd.check(rank=rank, ratio=ratio)
   wants = {"inputs": needs.Statistic("second_moment")}
   hyper = {"rank": rank, "ratio": ratio}
-  return step.over_leaves(_leaf, hyper=hyper, select=select, wants=wants, scope="block")
+  return lifting.over_leaves(_leaf, hyper=hyper, select=select, wants=wants, scope="block")
 
 
 def _leaf(w: Any, inputs: Any, *, rank: int | None, ratio: float) -> Any:

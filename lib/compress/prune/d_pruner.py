@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from treesurgeon.compress.prune import masks
-from treesurgeon.core import needs, step
+from treesurgeon.core import lifting, needs, step
 
 PER = ("matrix", "column")
 
@@ -100,7 +100,7 @@ def d_pruner(
     "gradient": needs.Statistic("gradient", of="sets"),
     "fisher": needs.Statistic("fisher", of="sets"),
   }
-  return step.over_leaves(_leaf, hyper=hyper, select=select, wants=wants)
+  return lifting.over_leaves(_leaf, hyper=hyper, select=select, wants=wants)
 
 
 def _leaf(

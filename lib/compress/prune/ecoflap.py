@@ -25,8 +25,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from treesurgeon.compress.prune import masks, wanda
+from treesurgeon.core import lifting, needs, step, tuning
 from treesurgeon.core import model as model_lib
-from treesurgeon.core import needs, step, tuning
 
 PER = ("block", "matrix")
 
@@ -151,7 +151,7 @@ def ecoflap(
 def _step(sparsity: float, limit: float, per: str, select: str | None) -> step.Step:
   """Find every kernel's number of weights first, then prune each by itself."""
   wants = {"inputs": needs.Statistic("sum_squares"), "pruned": needs.Statistic("slope")}
-  each = step.over_leaves(_leaf, hyper={}, select=select, wants=wants, scope="block")
+  each = lifting.over_leaves(_leaf, hyper={}, select=select, wants=wants, scope="block")
 
   def apply(m: model_lib.Model, evidence: needs.Evidence, key: jax.Array) -> model_lib.Model:
     slopes = evidence["pruned"]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from treesurgeon.compress.prune import masks, ranking
-from treesurgeon.core import step
+from treesurgeon.core import lifting, step
 
 PER = ("matrix", "column", "model")
 
@@ -83,7 +83,7 @@ def magnitude(
   if per == "model" and n_m is None:
     return ranking.over_model(_score, _finish, hyper={}, sparsity=sparsity, select=select)
   hyper = {"sparsity": sparsity, "pattern": n_m, "packed": packed, "per": per}
-  return step.over_leaves(prune, hyper=hyper, select=select)
+  return lifting.over_leaves(prune, hyper=hyper, select=select)
 
 
 def _score(w: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

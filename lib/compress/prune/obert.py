@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from treesurgeon.compress.prune import masks, ranking
-from treesurgeon.core import linalg, needs, step
+from treesurgeon.core import lifting, linalg, needs, step
 
 PER = ("model", "matrix")
 SETS = 100  # ways to prune a run that are tried at most: those of 4:8 are 70
@@ -207,7 +207,7 @@ def obert(
       score, update, hyper={"damping": damping}, sparsity=sparsity, select=select, wants=wants
     )
   hyper = {"sparsity": sparsity, "pattern": n_m, "packed": packed, "damping": damping}
-  return step.over_leaves(_leaf, hyper=hyper, select=select, wants=wants)
+  return lifting.over_leaves(_leaf, hyper=hyper, select=select, wants=wants)
 
 
 def _leaf(

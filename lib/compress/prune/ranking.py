@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from treesurgeon.compress.prune import masks
-from treesurgeon.core import leaves, meshes, model, needs, paths, step
+from treesurgeon.core import leaves, lifting, meshes, model, needs, paths, programs, step
 
 
 def over_model(
@@ -43,19 +43,19 @@ def over_model(
   """
   pattern = step.both(select or step.BLOCK_KERNELS, step.KERNELS)
   wants = dict(wants or {})
-  each = step.over_leaves(
+  each = lifting.over_leaves(
     finish, hyper=hyper, select=pattern, wants={**wants, "keep": needs.Statistic("keep")}
   )
 
   def apply(m: model.Model, evidence: needs.Evidence, key: jax.Array) -> model.Model:
     chosen = [a for a in m.addresses() if re.fullmatch(pattern, a)]
-    call = step.compiled(score, tuple(sorted(hyper.items())))
+    call = programs.compiled(score, tuple(sorted(hyper.items())))
     scores = tuple(
       call(leaves.dense(m.leaf(a)), {name: evidence[name][a] for name in wants}) for a in chosen
     )
     total = sum(s.size for s in scores)
     count = total - int(sparsity * total)
-    keep = step.compiled(masks.largest, (("count", count),))(scores, {})
+    keep = programs.compiled(masks.largest, (("count", count),))(scores, {})
     return each.apply(m, {**evidence, "keep": dict(zip(chosen, keep, strict=True))}, key)
 
   def reselect(narrower: str) -> step.Step:

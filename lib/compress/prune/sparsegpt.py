@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from treesurgeon.compress.prune import masks
 from treesurgeon.compress.quantize import grid as grids
-from treesurgeon.core import linalg, needs, step
+from treesurgeon.core import lifting, linalg, needs, step
 
 BLOCK = 128  # rows among which magnitudes are compared
 TILE = 16  # rows corrected together; changes speed and rounding only
@@ -122,7 +122,7 @@ def sparsegpt(
     "group_size": group_size, "symmetric": symmetric,
   }  # fmt: skip
   wants = {"hessian": needs.Statistic("second_moment")}
-  return step.over_leaves(
+  return lifting.over_leaves(
     _leaves, hyper=hyper, select=select, wants=wants, shared="hessian", scope="block"
   )
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from treesurgeon.compress.prune import masks
-from treesurgeon.core import needs, step
+from treesurgeon.core import lifting, needs, step
 
 
 def influence(
@@ -97,7 +97,7 @@ def wanda(
     arXiv:2306.11695.
   """
   n_m = masks.read(sparsity=sparsity, pattern=pattern, packed=packed)
-  return step.over_leaves(
+  return lifting.over_leaves(
     _leaf,
     hyper={"sparsity": sparsity, "pattern": n_m, "packed": packed},
     select=select,

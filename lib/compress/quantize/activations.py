@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from treesurgeon.core import formats, leaves, needs, step
+from treesurgeon.core import formats, leaves, lifting, needs, step
 
 PER = ("token", "tensor")
 
@@ -54,7 +54,7 @@ def activations(
     raise ValueError(f"per={per!r}: valid are {', '.join(PER)}")
   if static and per != "tensor":
     raise ValueError("static=True: a token's scale is known when it comes; use per='tensor'")
-  return step.over_leaves(
+  return lifting.over_leaves(
     _leaf,
     hyper={"bits": bits, "format": format, "per": per, "static": static},
     select=select,

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, UInt8
 
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.compress.quantize import rounding, rtn
-from treesurgeon.core import leaves, needs, step
+from treesurgeon.core import leaves, lifting, needs, step
 
 OVER = ("rtn", "gptq")
 DIMENSIONS = ("output", "input")
@@ -142,7 +142,7 @@ def adadim(
   if not 0 <= damping < 1:
     raise ValueError(f"damping={damping}: valid is 0 to 1, usually 0.01")
   hyper = {"bits": bits, "group_size": group_size, "over": over, "damping": damping}
-  return step.over_leaves(
+  return lifting.over_leaves(
     _leaf, hyper=hyper, select=select, wants={"hessian": needs.Statistic("second_moment")},
     raw=True, options=[{"dimension": d} for d in DIMENSIONS], choose=_choose, scope="block",
   )  # fmt: skip

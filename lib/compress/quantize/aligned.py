@@ -25,7 +25,7 @@ from treesurgeon.compress.prune import masks
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.compress.quantize import outliers as outlying
 from treesurgeon.compress.quantize import rtn
-from treesurgeon.core import leaves, packing, step
+from treesurgeon.core import leaves, lifting, packing, step
 
 
 def widest(
@@ -158,7 +158,7 @@ def aligned(
     "bits": bits, "wide_bits": wide_bits, "group_size": group_size, "wide": wide, "align": align,
     "outliers": outliers, "scale_dtype": scale_dtype,
   }  # fmt: skip
-  return step.over_leaves(_leaf, hyper=hyper, select=select, raw=True)
+  return lifting.over_leaves(_leaf, hyper=hyper, select=select, raw=True)
 
 
 def _leaf(w: Any, *, group_size: int, wide: float, align: int, **hyper: Any) -> Any:

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 
 from treesurgeon.compress.quantize import additive, vptq
 from treesurgeon.compress.quantize import tune as tuning
-from treesurgeon.core import leaves, needs, packing, step
+from treesurgeon.core import leaves, lifting, needs, packing, step
 
 ROUNDS = 1000  # at most; the error stops falling long before
 
@@ -152,11 +152,11 @@ def aqlm(
   }  # fmt: skip
   wants = {"hessian": needs.Statistic("second_moment")}
   if not epochs:
-    return step.over_leaves(
+    return lifting.over_leaves(
       _kernel, hyper=how, select=select, wants=wants, raw=True, random=True, scope="block"
     )
   hyper = {**how, "epochs": epochs, "rate": rate, "batch": batch}
-  return step.over_blocks(_block, hyper=hyper, wants=wants, select=select, raw=True, random=True)
+  return lifting.over_blocks(_block, hyper=hyper, wants=wants, select=select, raw=True, random=True)
 
 
 def _kernel(w: Any, hessian: Any, key: jax.Array, **how: Any) -> Any:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from treesurgeon.core import leaves, model, needs, paths, step
+from treesurgeon.core import leaves, model, needs, paths, programs, step
 
 
 def corrected(
@@ -86,7 +86,7 @@ def _step(models: tuple[str, ...], strength: float, pattern: str) -> step.Step:
 
   def apply(m: model.Model, evidence: needs.Evidence, key: jax.Array) -> model.Model:
     del key
-    call = step.compiled(_bias, (("strength", strength),))
+    call = programs.compiled(_bias, (("strength", strength),))
     changes = {}
     for kernel, bias in _pairs(m.addresses(), pattern):
       w, x = (evidence[n][kernel][0] for n in ("donors", "inputs"))

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from treesurgeon.core import leaves, needs, packing, step
+from treesurgeon.core import leaves, lifting, needs, packing, step
 
 FACTORS = "float16"
 
@@ -114,7 +114,7 @@ def bitstack(*, blocks: int = 16, rank: int = 16, select: str | None = None) -> 
   for name, value in (("blocks", blocks), ("rank", rank)):
     if value < 1:
       raise ValueError(f"{name}={value}: valid is 1 or more")
-  return step.over_leaves(
+  return lifting.over_leaves(
     _kernel, hyper={"blocks": blocks, "rank": rank}, select=select, raw=True,
     wants={"inputs": needs.Statistic("sum_squares")}, scope="block",
   )  # fmt: skip

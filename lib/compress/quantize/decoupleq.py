@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, UInt8
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.compress.quantize import rounding
 from treesurgeon.compress.quantize import tune as tuning
-from treesurgeon.core import leaves, needs, step
+from treesurgeon.core import leaves, lifting, needs, step
 
 GRID, SHRINK = 200, 0.8  # ranges 1, 1 - 1/200, ... are tried down to 1 - 0.8
 RIDGE = 1e-6
@@ -225,9 +225,11 @@ def decoupleq(
   how = {"bits": bits, "group_size": group_size, "rounds": rounds, "damping": damping}
   wants = {"hessian": needs.Statistic("second_moment")}
   if not epochs:
-    return step.over_leaves(_kernel, hyper=how, select=select, wants=wants, raw=True, scope="block")
+    return lifting.over_leaves(
+      _kernel, hyper=how, select=select, wants=wants, raw=True, scope="block"
+    )
   hyper = {**how, "epochs": epochs, "rate": rate, "batch": batch}
-  return step.over_blocks(_block, hyper=hyper, wants=wants, select=select, raw=True)
+  return lifting.over_blocks(_block, hyper=hyper, wants=wants, select=select, raw=True)
 
 
 def _kernel(w: Any, hessian: Any, *, group_size: int, bits: int, **how: Any) -> Any:

@@ -16,7 +16,7 @@ ones a few hundredths by the shape; by weight error alone a coarser step gains f
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from treesurgeon.core import step
+from treesurgeon.core import lifting, step
 from treesurgeon.stats import generalized_gaussian
 
 
@@ -85,4 +85,4 @@ def deepshape(
   if fraction_bits not in range(1, 25):
     raise ValueError(f"fraction_bits={fraction_bits} is a whole number from 1 to 24")
   hyper = {"shape": shape, "scale": scale, "fraction_bits": fraction_bits}
-  return step.over_leaves(specify, hyper=hyper, select=select)
+  return lifting.over_leaves(specify, hyper=hyper, select=select)

@@ -7,7 +7,7 @@ without anyone asking for it. `dequantize() + gptq(bits=3)` asks for it.
 
 from typing import Any
 
-from treesurgeon.core import leaves, step
+from treesurgeon.core import leaves, lifting, step
 
 
 @step.method("compress.quantize.dequantize")
@@ -27,7 +27,7 @@ def dequantize(*, select: str | None = None) -> step.Step:
   Reference:
     Nagel et al., A White Paper on Neural Network Quantization, 2021, arXiv:2106.08295.
   """
-  return step.over_leaves(_leaf, hyper={}, select=select, default=".*", domain=".*", raw=True)
+  return lifting.over_leaves(_leaf, hyper={}, select=select, default=".*", domain=".*", raw=True)
 
 
 def _leaf(w: Any) -> Any:

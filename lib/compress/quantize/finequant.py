@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int32
 
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.compress.quantize import rtn
-from treesurgeon.core import leaves, step
+from treesurgeon.core import leaves, lifting, step
 
 LARGEST = 1 << 14  # rows; a larger matrix goes from one group a column to groups of this size
 
@@ -91,7 +91,7 @@ def finequant(
   while smallest <= LARGEST:
     sizes.insert(1, smallest)
     smallest *= 2
-  return step.over_leaves(
+  return lifting.over_leaves(
     _leaf, hyper={"bits": bits, "shrink": shrink}, select=select, raw=True,
     options=[{"group_size": s} for s in sizes], choose=_choose,
   )  # fmt: skip

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.compress.quantize import rounding
-from treesurgeon.core import leaves, needs, step
+from treesurgeon.core import leaves, lifting, needs, step
 
 SCALES = ("static", "dynamic")
 
@@ -171,7 +171,7 @@ def gptq(
   if not 0 <= damping < 1:
     raise ValueError(f"damping={damping}: valid is 0 to 1, usually 0.01")
   wants = {"hessian": needs.Statistic("second_moment")}
-  return step.over_leaves(
+  return lifting.over_leaves(
     _leaves,
     hyper=hyper,
     select=select,

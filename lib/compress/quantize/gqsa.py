@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float
 from treesurgeon.compress.prune import masks
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.compress.quantize import rounding, tune
-from treesurgeon.core import leaves, linalg, needs, packing, step
+from treesurgeon.core import leaves, lifting, linalg, needs, packing, step
 
 
 class Pruned(NamedTuple):
@@ -144,9 +144,11 @@ def gqsa(
   how = {"bits": bits, "group": group, "sparsity": sparsity, "damping": damping}
   wants = {"hessian": needs.Statistic("second_moment")}
   if not epochs:
-    return step.over_leaves(_kernel, hyper=how, select=select, wants=wants, raw=True, scope="block")
+    return lifting.over_leaves(
+      _kernel, hyper=how, select=select, wants=wants, raw=True, scope="block"
+    )
   hyper = {**how, "epochs": epochs, "rate": rate, "scale_rate": scale_rate, "batch": batch}
-  return step.over_blocks(_block, hyper=hyper, wants=wants, select=select, raw=True)
+  return lifting.over_blocks(_block, hyper=hyper, wants=wants, select=select, raw=True)
 
 
 def _kernel(w: Any, hessian: Any, **how: Any) -> Any:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 
 from treesurgeon.compress.quantize import learnable, reconstruct
-from treesurgeon.core import leaves, needs, step
+from treesurgeon.core import leaves, lifting, needs, step
 
 VARIABLES = ("shift", "free", "division", "sigmoid")
 OPTIMIZERS: dict[str, tuple[Callable[..., optax.GradientTransformation], float]] = {
@@ -250,9 +250,9 @@ def gradient_ptq(
   hyper = {"plan": plan, "keep": keep, **hyper}
   if per == "block":
     wants = {"norms": needs.Statistic("sum_squares")}
-    return step.over_blocks(_block, hyper=hyper, wants=wants, select=select, random=True)
+    return lifting.over_blocks(_block, hyper=hyper, wants=wants, select=select, random=True)
   wants = {"hessian": needs.Statistic("second_moment")}
-  return step.over_leaves(_kernel, hyper=hyper, select=select, wants=wants, scope="block")
+  return lifting.over_leaves(_kernel, hyper=hyper, select=select, wants=wants, scope="block")
 
 
 def important(w: jax.Array, squares: jax.Array, *, keep: float) -> leaves.Outliers:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.compress.quantize import outliers as outlying
 from treesurgeon.compress.quantize import rtn
-from treesurgeon.core import leaves, needs, step
+from treesurgeon.core import leaves, lifting, needs, step
 
 
 def quantize(
@@ -97,7 +97,7 @@ def gwq(
     "bits": bits, "group_size": group_size, "symmetric": symmetric, "outliers": outliers
   }  # fmt: skip
   wants = {"gradient": needs.Statistic("gradient")}
-  return step.over_leaves(_leaf, hyper=hyper, select=select, wants=wants)
+  return lifting.over_leaves(_leaf, hyper=hyper, select=select, wants=wants)
 
 
 def _leaf(w: Any, gradient: Any, *, group_size: int, **hyper: Any) -> Any:

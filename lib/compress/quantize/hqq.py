@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from treesurgeon.compress.quantize import grid as grids
-from treesurgeon.core import leaves, step
+from treesurgeon.core import leaves, lifting, step
 
 
 def quantize(
@@ -139,7 +139,7 @@ def hqq(
       f"beta={beta}, kappa={kappa}, iterations={iterations}: beta is positive, kappa is 1 or more, "
       "iterations are not negative"
     )
-  return step.over_leaves(_leaf, hyper=hyper, select=select, raw=True, inside=True)
+  return lifting.over_leaves(_leaf, hyper=hyper, select=select, raw=True, inside=True)
 
 
 def _leaf(w: Any, *, bits: int, group_size: int, **hyper: Any) -> Any:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int32
 
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.compress.quantize import rtn
-from treesurgeon.core import leaves, needs, step
+from treesurgeon.core import leaves, lifting, needs, step
 
 BY = ("weights", "outputs")
 
@@ -120,7 +120,7 @@ def minifloat(
   if by not in BY:
     raise ValueError(f"by={by!r}: valid are {', '.join(BY)}")
   seen = by == "outputs"
-  return step.over_leaves(
+  return lifting.over_leaves(
     _leaf, hyper={"bits": bits, "group_size": group_size, "mse": mse}, select=select, raw=True,
     wants={"hessian": needs.Statistic("second_moment")} if seen else {},
     options=[{"format": f} for f in formats(bits)], choose=_choose,

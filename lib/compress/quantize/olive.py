@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from treesurgeon.core import leaves, packing, step
+from treesurgeon.core import leaves, lifting, packing, step
 from treesurgeon.core.leaves import outlier_victim
 
 SIGMAS = 3.0
@@ -110,7 +110,7 @@ def olive(*, bits: int = 4, select: str | None = None) -> step.Step:
   """
   if bits not in (4, 8):
     raise ValueError(f"bits={bits}: outlier-victim pairs have codes of 4 or 8 bits")
-  return step.over_leaves(_leaf, hyper={"bits": bits}, select=select, raw=True)
+  return lifting.over_leaves(_leaf, hyper={"bits": bits}, select=select, raw=True)
 
 
 def _leaf(w: Any, *, bits: int) -> Any:

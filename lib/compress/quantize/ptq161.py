@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.compress.quantize import rtn, tune
-from treesurgeon.core import leaves, needs, packing, step
+from treesurgeon.core import leaves, lifting, needs, packing, step
 
 BITS = 4
 
@@ -121,7 +121,7 @@ def ptq161(
     "salient": salient, "epochs": epochs, "scale_rate": scale_rate, "rate": rate, "batch": batch
   }  # fmt: skip
   wants = {"activations": needs.Statistic("absmax")}
-  return step.over_blocks(_block, hyper=hyper, wants=wants, select=select, raw=True)
+  return lifting.over_blocks(_block, hyper=hyper, wants=wants, select=select, raw=True)
 
 
 def _block(

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.compress.quantize import learnable
-from treesurgeon.core import leaves, needs, step
+from treesurgeon.core import leaves, lifting, needs, step
 
 LOOKS = 10  # at the loss of a block over all data, which costs as much as several steps
 
@@ -252,6 +252,8 @@ def lift(plan: Plan, *, per: str, select: str | None, **hyper: Any) -> step.Step
     raise ValueError(f"batch={hyper['batch']}: a step needs 1 row of the calibration data or more")
   hyper = {"plan": plan, **hyper}
   if per == "block":
-    return step.over_blocks(block, hyper=hyper, select=select, random=True, raw=True)
+    return lifting.over_blocks(block, hyper=hyper, select=select, random=True, raw=True)
   wants = {"hessian": needs.Statistic("second_moment")}
-  return step.over_leaves(kernel, hyper=hyper, select=select, wants=wants, raw=True, scope="block")
+  return lifting.over_leaves(
+    kernel, hyper=hyper, select=select, wants=wants, raw=True, scope="block"
+  )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from treesurgeon.compress.quantize import grid as grids
-from treesurgeon.core import leaves, step
+from treesurgeon.core import leaves, lifting, step
 
 
 def quantize(
@@ -101,7 +101,7 @@ def rtn(
     "scale_dtype": scale_dtype, "format": format, "group_cols": group_cols,
   }  # fmt: skip
   grids.check(**hyper)
-  return step.over_leaves(_leaf, hyper=hyper, select=select, raw=True, inside=True)
+  return lifting.over_leaves(_leaf, hyper=hyper, select=select, raw=True, inside=True)
 
 
 def _leaf(

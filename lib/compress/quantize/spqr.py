@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.compress.quantize import outliers as outlying
 from treesurgeon.compress.quantize import rounding
-from treesurgeon.core import leaves, linalg, needs, packing, step
+from treesurgeon.core import leaves, lifting, linalg, needs, packing, step
 
 
 def scores(
@@ -180,7 +180,9 @@ def spqr(
     "outliers": outliers, "damping": damping,
   }  # fmt: skip
   wants = {"hessian": needs.Statistic("second_moment")}
-  return step.over_leaves(_leaf, hyper=hyper, select=select, wants=wants, raw=True, scope="block")
+  return lifting.over_leaves(
+    _leaf, hyper=hyper, select=select, wants=wants, raw=True, scope="block"
+  )
 
 
 def _leaf(w: Any, hessian: Any, *, group_size: int, **hyper: Any) -> Any:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from treesurgeon.compress.quantize import kmeans, rounding
-from treesurgeon.core import leaves, needs, packing, step
+from treesurgeon.core import leaves, lifting, needs, packing, step
 
 LARGEST, SHARE = 2**16, 32  # entries of a table; vectors that must share one on average
 
@@ -159,7 +159,7 @@ def vptq(
     "length": length, "entries": entries, "residual": residual, "outliers": outliers,
     "damping": damping, "iterations": iterations,
   }  # fmt: skip
-  return step.over_leaves(
+  return lifting.over_leaves(
     _kernel, hyper=hyper, select=select, wants={"hessian": needs.Statistic("second_moment")},
     raw=True, random=True, scope="block",
   )  # fmt: skip

@@ -24,7 +24,7 @@ import optax
 from jaxtyping import Array, Float, Int32
 
 from treesurgeon.compress.quantize import kmeans, tune, vptq
-from treesurgeon.core import leaves, packing, step
+from treesurgeon.core import leaves, lifting, packing, step
 
 
 def candidates_of(
@@ -135,7 +135,7 @@ def vq4dit(
     "ratio_rate": ratio_rate, "table_rate": table_rate, "weight": weight, "batch": batch,
     "iterations": iterations,
   }  # fmt: skip
-  return step.over_blocks(_block, hyper=hyper, select=select, raw=True, random=True)
+  return lifting.over_blocks(_block, hyper=hyper, select=select, raw=True, random=True)
 
 
 def _block(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from treesurgeon.compress.quantize import kmeans
-from treesurgeon.core import leaves, step
+from treesurgeon.core import leaves, lifting, step
 
 
 def quantize(
@@ -69,7 +69,7 @@ def vq_logits(
   """
   if clusters < 1:
     raise ValueError(f"clusters={clusters}: valid is 1 or more")
-  return step.over_leaves(
+  return lifting.over_leaves(
     _kernel, hyper={"clusters": clusters, "iterations": iterations}, select=select,
     default="lm_head/kernel", raw=True, random=True,
   )  # fmt: skip

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from treesurgeon.core import needs, step, varied
+from treesurgeon.core import lifting, needs, step, varied
 
 
 def subtract_task_vectors(
@@ -61,7 +61,7 @@ def task_negation(
   Reference:
     Ilharco et al., Editing models with task arithmetic, 2022, arXiv 2212.04089.
   """
-  return step.over_leaves(
+  return lifting.over_leaves(
     subtract_task_vectors,
     hyper={},
     knobs={"scale": scale},
