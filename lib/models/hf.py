@@ -257,10 +257,11 @@ def _rows(spec: specs.Spec, family: hf_names.Family, prefix: str) -> Iterator[En
   groups = [(family.before, None), *((family.layer, i) for i in range(spec.num_layers))]
   for rows, layer in [*groups, (family.after, None)]:
     for row in rows:
-      for entry in _expand(row, prefix, layer):
-        present = [a in table for a in entry.address]
-        if all(present):
-          yield entry
+      for expert in range(spec.num_experts if "{e}" in row[0] else 1):
+        for entry in _expand(row, prefix, layer, expert):
+          present = [a in table for a in entry.address]
+          if all(present):
+            yield entry
 
 
 def _addresses(spec: vision_spec.AnySpec) -> dict[str, tuple[int, ...]]:
@@ -269,9 +270,11 @@ def _addresses(spec: vision_spec.AnySpec) -> dict[str, tuple[int, ...]]:
   return vision_shapes.addresses(spec) if vision else shapes.addresses(spec)
 
 
-def _expand(row: tuple[str, str, str], prefix: str, layer: int | None) -> Iterator[Entry]:
+def _expand(
+  row: tuple[str, str, str], prefix: str, layer: int | None, expert: int
+) -> Iterator[Entry]:
   name, where, kind = row
-  name = name.format(p=prefix, i=layer)
+  name, where = name.format(p=prefix, i=layer, e=expert), where.format(e=expert)
   base = [w if layer is None else f"layers/{layer}/{w}" for w in where.split()]
   if not name.endswith("*"):
     yield Entry(name, tuple(base), kind)

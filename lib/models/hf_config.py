@@ -164,6 +164,8 @@ def _read(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         f"config key {key}={config[key]!r} of a {name} model is not supported; "
         f"valid: {', '.join(map(repr, valid))}"
       )
+  if name == "qwen3_moe" and "num_local_experts" in config:
+    config = {**config, "num_experts": config["num_local_experts"]}
   fields = dict(family.fixed)
   for field, key in family.keys.items():
     if key not in config and key not in family.defaults:
@@ -204,6 +206,8 @@ def _write(spec: specs.Spec, base: Mapping[str, Any]) -> dict[str, Any]:
   out[act] = _SPELLED[spec.activation]
   if spec.family == "gemma" and base.get("hidden_activation"):
     out["hidden_activation"] = out.pop(act)
+  if "num_local_experts" in base and "num_experts" in out:  # as `transformers` 5 writes qwen3_moe
+    out["num_local_experts"] = out.pop("num_experts")
   if "window" in family.keys:
     out["sliding_window"] = out["sliding_window"] or None
   if family.layer_types:

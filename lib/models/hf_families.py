@@ -241,6 +241,25 @@ FAMILIES: Mapping[str, Family] = {
     keys={**_NO_BIAS, "window": "sliding_window"},
     defaults={**_LLAMA.defaults, "sliding_window": 4096, "max_position_embeddings": 131072},
   ),
+  "mixtral": _LLAMA._replace(
+    architecture="MixtralForCausalLM",
+    keys={
+      **_NO_BIAS,
+      "window": "sliding_window",
+      "num_experts": "num_local_experts",
+      "experts_per_token": "num_experts_per_tok",
+    },
+    defaults={
+      **_LLAMA.defaults,
+      "num_key_value_heads": 8,
+      "rms_norm_eps": 1e-5,
+      "max_position_embeddings": 131072,
+      "sliding_window": None,
+      "num_local_experts": 8,
+      "num_experts_per_tok": 2,
+      "rope_theta": 1e6,
+    },
+  ),
   "olmo2": _LLAMA._replace(
     architecture="Olmo2ForCausalLM",
     keys={k: v for k, v in _NO_MLP_BIAS.items() if k != "head_dim"},
@@ -305,5 +324,30 @@ FAMILIES: Mapping[str, Family] = {
     keys={**_NO_MLP_BIAS},
     defaults={**_QWEN2.defaults, "head_dim": 128},
     fixed={"qk_norm": "head"},
+  ),
+  "qwen3_moe": _LLAMA._replace(
+    architecture="Qwen3MoeForCausalLM",
+    keys={
+      **_NO_MLP_BIAS,
+      "d_ff": "moe_intermediate_size",
+      "num_experts": "num_experts",
+      "experts_per_token": "num_experts_per_tok",
+      "norm_topk": "norm_topk_prob",
+    },
+    defaults={
+      **_LLAMA.defaults,
+      "num_key_value_heads": 4,
+      "max_position_embeddings": 32768,
+      "moe_intermediate_size": 768,
+      "num_experts": 128,
+      "num_experts_per_tok": 8,
+      "norm_topk_prob": False,
+    },
+    fixed={"qk_norm": "head"},
+    require={
+      "decoder_sparse_step": (1,),
+      "mlp_only_layers": ([], None),
+      "use_sliding_window": (False,),
+    },
   ),
 }

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where Hugging Face checkpoints keep each leaf: one table of names a family.
 
-A row is (tensor name, addresses, kind). `{p}` is the backbone's prefix, `{i}` the layer index; `*`
-at the end stands for `weight` and, where the spec has one, `bias`. Rows whose addresses the
-spec does not have are left out, so that one table covers a family's variants.
+A row is (tensor name, addresses, kind). `{p}` is the backbone's prefix, `{i}` the layer index,
+`{e}` the expert: each has tensors of its own (`transformers` 5 fuses them in memory only). `*` at
+the end stands for `weight` and, where the spec has one, `bias`. Rows whose addresses the spec does
+not have are left out, so that one table covers a family's variants.
 """
 
 from __future__ import annotations
@@ -51,6 +52,28 @@ _LLAMA = Family(
     ("lm_head.*", "lm_head", "linear"),
   ),
   aliases=(("lm_head.weight", "embed/tokens/embedding"),),
+)
+
+_QWEN_MOE = _LLAMA._replace(
+  layer=(
+    *_LLAMA.layer[:6],
+    ("{p}layers.{i}.mlp.gate.weight", "mlp/router/kernel", "transpose"),
+    ("{p}layers.{i}.mlp.experts.{e}.gate_proj.*", "mlp/experts/{e}/gate", "linear"),
+    ("{p}layers.{i}.mlp.experts.{e}.up_proj.*", "mlp/experts/{e}/up", "linear"),
+    ("{p}layers.{i}.mlp.experts.{e}.down_proj.*", "mlp/experts/{e}/down", "linear"),
+    *_LLAMA.layer[-2:],
+  )
+)
+
+_MIXTRAL = _LLAMA._replace(
+  layer=(
+    *_LLAMA.layer[:4],
+    ("{p}layers.{i}.block_sparse_moe.gate.weight", "mlp/router/kernel", "transpose"),
+    ("{p}layers.{i}.block_sparse_moe.experts.{e}.w1.*", "mlp/experts/{e}/gate", "linear"),
+    ("{p}layers.{i}.block_sparse_moe.experts.{e}.w3.*", "mlp/experts/{e}/up", "linear"),
+    ("{p}layers.{i}.block_sparse_moe.experts.{e}.w2.*", "mlp/experts/{e}/down", "linear"),
+    *_LLAMA.layer[-2:],
+  )
 )
 
 # The same names with other meanings: here the norm called post_attention follows the branch.
@@ -202,11 +225,13 @@ FAMILIES = {
   "gptj": _GPTJ,
   "llama": _LLAMA,
   "mistral": _LLAMA,
+  "mixtral": _MIXTRAL,
   "olmo2": _SANDWICH,
   "openelm": _OPENELM,
   "opt": _OPT,
   "qwen2": _LLAMA,
   "qwen3": _LLAMA,
+  "qwen3_moe": _QWEN_MOE,
 }
 
 # Buffers that old versions saved, and the next-sentence head, which nothing here uses.

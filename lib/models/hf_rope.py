@@ -43,7 +43,8 @@ def read(name: str, config: Mapping[str, Any], windows: tuple[int, ...]) -> dict
   given = config.get("rope_scaling") or config.get("rope_parameters") or {}
   if name != "gemma3_text":
     fields = _one(name, given, config)
-    theta = given.get("rope_theta", config.get(rope[0]) or 10000.0)
+    usual = hf_families.FAMILIES[name].defaults.get("rope_theta", 10000.0)
+    theta = given.get("rope_theta", config.get(rope[0]) or usual)
     fraction = given.get("partial_rotary_factor", config.get(rope[1]))
     default = 0.25 if name == "gpt_neox" else 1.0
     return {

@@ -159,9 +159,10 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Feed-forward block, plain or gated (Shazeer, arXiv:2002.05202)."""
+  """Feed-forward block, plain or gated (Shazeer, arXiv:2002.05202); `at` begins its taps' names."""
 
   spec: specs.Spec
+  at: str = "mlp"
 
   @nn.compact
   def __call__(self, x: jax.Array, tap: taps.Tap, *, layer: int | jax.Array) -> jax.Array:
@@ -169,14 +170,75 @@ class Mlp(nn.Module):
     s = self.spec
     width = s.per_layer("d_ff")[layer if isinstance(layer, int) else 0]
     act = ACTIVATIONS[s.activation]
-    x = tap("mlp/in", x)
+    x = tap(f"{self.at}/in", x)
     if s.gated:
       gate = Linear(width, s.mlp_bias, name="gate")(x)
       y = act(gate) * Linear(width, s.mlp_bias, name="up")(x)
     else:
       y = act(Linear(width, s.mlp_bias, name="up")(x))
-    y = Linear(s.d_model, s.mlp_bias, name="down")(tap("mlp/down/in", y))
-    return tap("mlp/out", y)
+    y = Linear(s.d_model, s.mlp_bias, name="down")(tap(f"{self.at}/down/in", y))
+    return tap(f"{self.at}/out", y)
+
+
+class Mixture(nn.Module):
+  """Feed-forward blocks weighted by a router (Shazeer, arXiv:1701.06538; Mixtral, 2401.04088).
+
+  Every expert computes every token, and a gate of 0 discards what was not asked for: exact, of
+  static shapes, no token dropped, and d_ff * num_experts wide in cost.
+  """
+
+  spec: specs.Spec
+
+  @nn.compact
+  def __call__(self, x: jax.Array, tap: taps.Tap, *, layer: int | jax.Array) -> jax.Array:
+    """Transform each position on its own."""
+    s = self.spec
+    x = tap("mlp/in", x)
+    gates = route(s, Linear(s.num_experts, name="router")(x))
+    gates = tap(taps.GATES, gates.astype(x.dtype))
+    return tap("mlp/out", _Experts(s, name="experts")(x, gates, tap, layer=layer))
+
+
+class _Experts(nn.Module):
+  spec: specs.Spec
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, gates: jax.Array, tap: taps.Tap, *, layer: int | jax.Array
+  ) -> jax.Array:
+    y = jnp.zeros_like(x)
+    for i, at in enumerate(self.spec.feed_forwards()):
+      one = Mlp(self.spec, at, name=str(i))(x, tap, layer=layer)
+      y = y + one * gates[..., i : i + 1]
+    return y
+
+
+def route(
+  spec: specs.Spec, scores: Float[Array, "*batch experts"]
+) -> Float[Array, "*batch experts"]:
+  """Weight the experts: a softmax over all, of which the largest stay, in float32.
+
+  Args:
+    spec: how many stay, and whether they are made to sum to 1.
+    scores: the router's outputs.
+
+  Returns:
+    The gates, 0 for experts that are not chosen; of equal ones the first is chosen.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from treesurgeon import models
+    >>> from treesurgeon.models import layers
+    >>> spec = models.Spec(vocab_size=5, d_model=4, num_layers=1, num_heads=1, d_ff=8,
+    ...                    num_experts=3, experts_per_token=1)
+    >>> layers.route(spec, jnp.array([0.0, 2.0, 1.0])).tolist()
+    [0.0, 1.0, 0.0]
+  """
+  share = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+  top, where = jax.lax.top_k(share, spec.experts_per_token)
+  if spec.norm_topk:
+    top = top / top.sum(axis=-1, keepdims=True)
+  return (jax.nn.one_hot(where, spec.num_experts) * top[..., None]).sum(axis=-2)
 
 
 class Block(nn.Module):
@@ -200,6 +262,7 @@ class Block(nn.Module):
     s = self.spec
     before = s.norm_place in ("pre", "sandwich")
     after = s.norm_place in ("post", "sandwich")
+    mlp = (Mixture if s.num_experts else Mlp)(s, name="mlp")
     h = tap("in", h)
     skip = Linear(s.d_model, name="attn_skip") if s.shortcuts else lambda h: h
     x = Norm(s, name="attn_norm")(h) if before else h
@@ -208,7 +271,7 @@ class Block(nn.Module):
     )
     if s.parallel:
       x = x if s.shared_norm else Norm(s, name="mlp_norm")(h)
-      h = skip(h) + a + Mlp(s, name="mlp")(x, tap, layer=layer)
+      h = skip(h) + a + mlp(x, tap, layer=layer)
       return tap("out", h), cache
     h = skip(h) + (Norm(s, name="post_attn_norm")(a) if after else a)
     if s.norm_place == "residual":
@@ -216,7 +279,7 @@ class Block(nn.Module):
     h = tap("mid", h)
     skip = Linear(s.d_model, name="mlp_skip") if s.shortcuts else skip
     x = Norm(s, name="mlp_norm")(h) if before else h
-    m = Mlp(s, name="mlp")(x, tap, layer=layer)
+    m = mlp(x, tap, layer=layer)
     h = skip(h) + (Norm(s, name="post_mlp_norm")(m) if after else m)
     if s.norm_place == "residual":
       h = Norm(s, name="post_mlp_norm")(h)

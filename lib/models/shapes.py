@@ -132,9 +132,12 @@ def layer_shapes(spec: specs.Spec, layer: int) -> dict[str, tuple[int, ...]]:
     table |= _norm(spec, "post_attn_norm")
   if before and not spec.shared_norm:
     table |= _norm(spec, "mlp_norm")
-  for name in ("gate", "up") if spec.gated else ("up",):
-    table |= _linear(f"mlp/{name}", d, width, spec.mlp_bias)
-  table |= _linear("mlp/down", width, d, spec.mlp_bias)
+  if spec.num_experts:
+    table["mlp/router/kernel"] = (d, spec.num_experts)
+  for block in spec.feed_forwards():
+    for name in ("gate", "up") if spec.gated else ("up",):
+      table |= _linear(f"{block}/{name}", d, width, spec.mlp_bias)
+    table |= _linear(f"{block}/down", width, d, spec.mlp_bias)
   if spec.shortcuts and not spec.parallel:
     table |= _linear("mlp_skip", d, d, False)
   if spec.norm_place != "pre":
@@ -197,7 +200,7 @@ def _draw(
     return jnp.broadcast_to(jnp.eye(shape[0], dtype=dtype)[None], shape_all)
   if last == "scale":
     return jnp.full(shape_all, 0.0 if spec.norm_plus_one else 1.0, dtype)
-  writes = where[0].endswith(("attn/o/kernel", "mlp/down/kernel"))
+  writes = where[0].endswith(("attn/o/kernel", "/down/kernel"))
   std = STD / math.sqrt(2 * spec.num_layers) if writes else STD
   return normal(key, where, shape, std=std, dtype=dtype)
 

@@ -71,6 +71,10 @@ class Spec:
     qk_norm: RMS norm of queries and keys, per "head" or over the "full" width (OLMo2).
     qkv_bias, o_bias, mlp_bias: biases of the linear layers.
     gated: gate/up/down feed-forward; otherwise up/down.
+    num_experts: feed-forward blocks of width `d_ff` in every layer, among which a router chooses
+      for each token; 0 is one block and no router.
+    experts_per_token: how many it chooses.
+    norm_topk: whether the weights of the chosen experts are made to sum to 1 (Mixtral).
     activation: "silu", "gelu" (exact), "gelu_tanh" or "relu".
     attn_scale: multiplier of the scores; None means head_dim ** -0.5.
     attn_softcap, final_softcap: c * tanh(x / c) on scores and logits; None is off.
@@ -130,6 +134,9 @@ class Spec:
   o_bias: bool = False
   mlp_bias: bool = False
   gated: bool = True
+  num_experts: int = 0
+  experts_per_token: int = 0
+  norm_topk: bool = True
   activation: str = "silu"
   attn_scale: float | int | None = None
   attn_softcap: float | int | None = None
@@ -234,6 +241,22 @@ class Spec:
     taken = {name: tuple(v[i] for i in layers) for name, v in values.items()}
     return dataclasses.replace(self, num_layers=len(layers), **taken)
 
+  def feed_forwards(self) -> tuple[str, ...]:
+    """Name the feed-forward blocks of a layer: one, or one an expert.
+
+    Returns:
+      Addresses within a layer.
+
+    Example:
+      >>> from treesurgeon import models
+      >>> models.Spec(vocab_size=5, d_model=4, num_layers=2, num_heads=1, d_ff=8, num_experts=2,
+      ...             experts_per_token=1).feed_forwards()
+      ('mlp/experts/0', 'mlp/experts/1')
+    """
+    if not self.num_experts:
+      return ("mlp",)
+    return tuple(f"mlp/experts/{i}" for i in range(self.num_experts))
+
   def segments(self) -> tuple[tuple[int, int], ...]:
     """Return the maximal runs [start, stop) of layers whose parameters have equal shapes.
 
@@ -291,6 +314,14 @@ def _check_relations(spec: Spec) -> None:
     raise ValueError("Spec.shared_norm needs parallel=True")
   if spec.kind == "decoder" and (spec.mlm_head or spec.pooler or spec.num_types):
     raise ValueError("Spec.mlm_head, pooler and num_types need kind='encoder'")
+  if spec.num_experts:
+    _check_positive("num_experts", spec.num_experts)
+    _check_positive("experts_per_token", spec.experts_per_token)
+  if spec.experts_per_token > spec.num_experts:
+    raise ValueError(
+      f"Spec.experts_per_token={spec.experts_per_token} must not exceed "
+      f"num_experts={spec.num_experts}"
+    )
   if spec.norm_eps < 0:
     raise ValueError(f"Spec.norm_eps must be >= 0; got {spec.norm_eps}")
   for name in _OPTIONAL:

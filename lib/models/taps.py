@@ -27,7 +27,10 @@ BLOCK_TAPS = (
   "mlp/out",
   "out",
 )
-# Besides these "mid", the stream between the branches, where they are not parallel.
+# Besides these "mid", the stream between the branches, where they are not parallel; in a mixture of
+# experts `GATES`, [batch, seq, experts], 0 where an expert is not chosen, and after it, for each
+# expert, "mlp/experts/5/in" and so on, which hold all tokens, also those that do not go to it.
+GATES = "mlp/gates"
 OUTER_TAPS = ("embed/out", "lm_head/in")
 
 _FEEDS = {
@@ -38,6 +41,7 @@ _FEEDS = {
   "mlp/gate": "mlp/in",
   "mlp/up": "mlp/in",
   "mlp/down": "mlp/down/in",
+  "mlp/router": "mlp/in",
   "attn_skip": "in",
   "mlp_skip": "mid",
   "dense": "dense/in",
@@ -74,13 +78,34 @@ def tap_of(address: str) -> str:
   found = None
   if parts[-1] == "kernel":
     if parts[0] == "layers":
-      found = _FEEDS.get("/".join(parts[2:-1]))
+      of = expert_of("/".join(parts[2:]))
+      inner = parts[2:-1] if of is None else ["mlp", *parts[5:-1]]
+      found = _FEEDS.get("/".join(inner))
+      if found is not None and of is not None:
+        found = found.replace("mlp", f"mlp/experts/{of}", 1)
     else:
       found = _OUTER_FEEDS.get("/".join(parts[:-1]))
   if found is None:
     valid = [f"layers/<i>/{k}/kernel" for k in _FEEDS] + [f"{k}/kernel" for k in _OUTER_FEEDS]
     raise ValueError(f"no tap feeds {address!r}; valid: {', '.join(valid)}")
   return found
+
+
+def expert_of(name: str) -> int | None:
+  """Return the expert that a tap or a leaf belongs to.
+
+  Args:
+    name: of a tap, or an address within a layer.
+
+  Returns:
+    Its number, or None.
+
+  Example:
+    >>> expert_of("mlp/experts/5/down/in"), expert_of("mlp/in")
+    (5, None)
+  """
+  parts = name.split("/")
+  return int(parts[2]) if parts[:2] == ["mlp", "experts"] else None
 
 
 class Tap:

@@ -20,6 +20,11 @@ ARCHITECTURES: dict[str, entries.Architecture] = {
     "Grattafiori et al., The Llama 3 herd of models, 2024, arXiv 2407.21783", ("llama",)
   ),
   "Mistral": entries.Architecture("Jiang et al., Mistral 7B, 2023, arXiv 2310.06825", ("mistral",)),
+  "Mixtral": entries.Architecture(
+    "Jiang et al., Mixtral of experts, 2024, arXiv 2401.04088",
+    ("mixtral",),
+    "every expert computes every token: exact, but as costly as if all were chosen",
+  ),
   "OLMo 2": entries.Architecture("OLMo team, 2 OLMo 2 Furious, 2025, arXiv 2501.00656", ("olmo2",)),
   "OPT": entries.Architecture("Zhang et al., OPT, 2022, arXiv 2205.01068", ("opt",)),
   "OpenELM, layer-wise scaling": entries.Architecture(
@@ -32,5 +37,10 @@ ARCHITECTURES: dict[str, entries.Architecture] = {
   ),
   "Qwen3": entries.Architecture(
     "Qwen team, Qwen3 technical report, 2025, arXiv 2505.09388", ("qwen3",)
+  ),
+  "Qwen3-MoE": entries.Architecture(
+    "Qwen team, Qwen3 technical report, 2025, arXiv 2505.09388",
+    ("qwen3_moe",),
+    "all layers mixtures, as released",
   ),
 }

@@ -11,7 +11,7 @@ import pytest
 
 from treesurgeon import models
 from treesurgeon.core import leaves, paths
-from treesurgeon.models import generation
+from treesurgeon.models import generation, layers, taps
 
 BASE = {"vocab_size": 13, "d_model": 16, "num_layers": 4, "num_heads": 4, "d_ff": 24}
 GPT = {
@@ -56,6 +56,7 @@ SPECS = {
     rope_interleaved=True,
     head_bias=True,
   ),
+  "mixtral": models.Spec(**BASE, num_kv_heads=2, num_experts=3, experts_per_token=2),
   "unequal": models.Spec(
     **{**BASE, "num_heads": (2, 2, 4, 4), "d_ff": (8, 8, 8, 20)},
     num_kv_heads=(1, 1, 2, 2),
@@ -380,6 +381,46 @@ def test_an_encoder_reads_both_ways_and_a_decoder_does_not():
     params = params_of(spec)
     a, b = (forward(spec, params, t).logits[:, 0] for t in (TOKENS, changed))
     assert bool(jnp.allclose(a, b, atol=1e-6)) == same
+
+
+@pytest.mark.parametrize("norm_topk", [True, False])
+def test_a_mixture_is_the_weighted_sum_of_the_chosen_experts(norm_topk: bool):
+  spec = models.Spec(
+    vocab_size=5, d_model=6, num_layers=1, num_heads=1, d_ff=4, num_experts=5, experts_per_token=2,
+    norm_topk=norm_topk,
+  )  # fmt: skip
+  params = jax.tree.map(lambda x: x[0], params_of(spec)["layers"]["0:1"])["mlp"]
+  x = np.random.default_rng(0).normal(size=(1, 7, 6))
+  got = layers.Mixture(spec).apply(
+    {"params": params}, jnp.asarray(x, jnp.float32), taps.Tap(None, None), layer=0
+  )
+  wide = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
+  share = np.exp(x[0] @ wide["router"]["kernel"])
+  share /= share.sum(-1, keepdims=True)
+  for token, p, out in zip(x[0], share, np.asarray(got)[0], strict=True):
+    chosen = np.argsort(-p)[:2]
+    expected = np.zeros(6)
+    for i in chosen:
+      w = wide["experts"][str(i)]
+      gate = token @ w["gate"]["kernel"]
+      y = (gate / (1 + np.exp(-gate)) * (token @ w["up"]["kernel"])) @ w["down"]["kernel"]
+      expected += p[i] / (p[chosen].sum() if norm_topk else 1.0) * y
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+
+
+def test_equal_experts_are_one_dense_block():
+  dense = SPECS["llama"]
+  spec = dataclasses.replace(dense, num_experts=3, experts_per_token=2)
+  flat = paths.flatten(params_of(dense))
+  for address, shape in models.addresses(spec).items():
+    at, _, inside = address.partition("/mlp/experts/")
+    if inside:
+      flat[address] = flat[f"{at}/mlp/{inside.split('/', 1)[1]}"]
+    elif address.endswith("router/kernel"):
+      flat[address] = jax.random.normal(jax.random.key(0), shape)
+  mixed = paths.unflatten({a: flat[a] for a in models.addresses(spec)})
+  logits = forward(spec, mixed, TOKENS).logits
+  np.testing.assert_allclose(logits, logits_of(dense), atol=1e-4, rtol=1e-4)
 
 
 def test_padding_is_not_seen():

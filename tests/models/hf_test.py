@@ -48,11 +48,13 @@ CONFIGS = {
   "gptj": GPT,
   "llama": {**GQA, "rope_theta": 5e5, "rope_scaling": LLAMA3},
   "mistral": {**GQA, "sliding_window": 4},
+  "mixtral": {**GQA, "num_local_experts": 3},
   "olmo2": SMALL,
   "openelm": OPENELM,
   "opt": {**SMALL, "ffn_dim": 12, "do_layer_norm_before": False},
   "qwen2": {**SMALL, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
   "qwen3": GQA,
+  "qwen3_moe": {**GQA, "moe_intermediate_size": 6, "num_experts": 3, "num_experts_per_tok": 2},
 }
 
 
@@ -134,6 +136,20 @@ def test_gemma3_alternates():
   assert hf.from_config(cut) == spec.take_layers([5, 6])
 
 
+def test_both_spellings_of_the_number_of_experts_are_read_and_kept():
+  old = config_of("qwen3_moe")
+  new = {**old, "num_local_experts": old["num_experts"]}
+  del new["num_experts"]
+  spec = hf.from_config(new)
+  assert spec == hf.from_config(old) and spec.num_experts == 3
+  assert hf.to_config(spec) == new
+  fewer = hf.to_config(dataclasses.replace(spec, num_experts=2))
+  assert fewer["num_local_experts"] == 2 and "num_experts" not in fewer
+  names = [e.name for e in hf.entries(spec) if e.address[0].startswith("layers/1/mlp/")]
+  assert names[0] == "model.layers.1.mlp.gate.weight"
+  assert names[-1] == "model.layers.1.mlp.experts.2.down_proj.weight" and len(names) == 10
+
+
 def test_our_own_family_keeps_every_field():
   spec = models.Spec(
     vocab_size=5, d_model=4, num_layers=2, num_heads=1, d_ff=(8, 6), window=(2, 0), tied=True
@@ -170,6 +186,9 @@ def test_our_own_family_keeps_every_field():
       {**config_of("gemma2"), "layer_types": ["chunked_attention"] * 3},
       r"layer_types holds 'chunked_attention'; valid: full_attention, sliding_attention",
     ),
+    ({**config_of("qwen3_moe"), "decoder_sparse_step": 2}, r"decoder_sparse_step=2 .* valid: 1"),
+    ({**config_of("qwen3_moe"), "mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] of a qwen3_moe"),
+    ({**config_of("qwen3_moe"), "use_sliding_window": True}, r"use_sliding_window=True"),
     ({**config_of("llama"), "treesurgeon": {"depth": 2}}, r"holds the unknown field 'depth'"),
     ({"model_type": "treesurgeon"}, r"lacks treesurgeon.vocab_size"),
   ],

@@ -83,6 +83,9 @@ def test_windows_do_not_split_segments():
     ({"shared_norm": True}, r"shared_norm needs parallel=True"),
     ({"mlm_head": True}, r"need kind='encoder'"),
     ({"attn_softcap": 0.0}, r"Spec.attn_softcap must be positive or None; got 0.0"),
+    ({"num_experts": 2}, r"Spec.experts_per_token must be a positive integer; got 0"),
+    ({"num_experts": 2, "experts_per_token": 3}, r"=3 must not exceed num_experts=2"),
+    ({"experts_per_token": 1}, r"experts_per_token=1 must not exceed num_experts=0"),
     ({"norm_eps": -1.0}, r"Spec.norm_eps must be >= 0; got -1.0"),
   ],
 )

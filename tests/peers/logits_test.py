@@ -31,6 +31,7 @@ SMALL = {
   "max_position_embeddings": 64,
 }
 GQA = {**SMALL, "num_key_value_heads": 2}
+MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 GPT = {"vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 LLAMA3 = {
   "rope_type": "llama3",
@@ -53,12 +54,15 @@ CASES = {
   "llama_biases": ("Llama", {**GQA, "attention_bias": True, "mlp_bias": True, "head_dim": 10}),
   "mistral": ("Mistral", {**GQA, "sliding_window": 5}),
   "mistral_unlimited": ("Mistral", {**GQA, "sliding_window": None}),
+  "mixtral": ("Mixtral", {**GQA, "num_local_experts": 5, "num_experts_per_tok": 2}),
   "qwen2": ("Qwen2", GQA),
   "qwen2_windows": (
     "Qwen2",
     {**GQA, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
   ),
   "qwen3": ("Qwen3", {**GQA, "head_dim": 16}),
+  "qwen3_moe": ("Qwen3Moe", {**GQA, **MOE, "norm_topk_prob": False}),
+  "qwen3_moe_normed": ("Qwen3Moe", {**GQA, **MOE, "norm_topk_prob": True, "head_dim": 16}),
   "olmo2": ("Olmo2", GQA),
   "gemma": ("Gemma", {**GQA, "head_dim": 16, **PAD}),
   "gemma2": (
@@ -145,7 +149,9 @@ def test_left_padding_gives_the_same_logits(name: str, tmp_path: pathlib.Path):
   np.testing.assert_allclose(np.asarray(out.logits)[real], expected.numpy()[real], atol=TOL)
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma2", "gemma3", "gpt2", "gptj", "mistral"])
+@pytest.mark.parametrize(
+  "name", ["llama3", "gemma2", "gemma3", "gpt2", "gptj", "mistral", "mixtral"]
+)
 def test_greedy_generation_gives_the_same_tokens(name: str, tmp_path: pathlib.Path):
   family, fields = CASES[name]
   config = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**fields)
