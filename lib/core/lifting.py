@@ -34,7 +34,6 @@ def over_leaves(
   shared: str = "",
   options: Sequence[Mapping[str, Any]] = (),
   choose: Callable[..., Any] | None = None,
-  inside: bool = False,
   scope: Literal["leaf", "block"] = "leaf",
 ) -> step.Step:
   """Lift an array function to a step that changes every selected leaf by itself.
@@ -68,8 +67,6 @@ def over_leaves(
       depends on the weights. Under `jax.eval_shape`, which sees none, the first ones hold.
     choose: `choose(w, options=options, **evidence, **hyper)` -> the index of a leaf's option;
       options come as tuples of pairs.
-    inside: of a `leaves.Rotated`, change the weight that it holds and keep its turn, where all
-      evidence are statistics that can be `turned`. Without `split`.
     scope: "block" if a driver should recompute inputs between blocks.
 
   Returns:
@@ -95,18 +92,15 @@ def over_leaves(
         w = tuple(m.leaf(a) for a in some)
         given = {name: tuple(evidence[name][a] for a in some) for name in wants}
         given[shared] = given[shared][0]
-        w, given, wrap = _opened(w, given, inside)
         if not raw:
           w, given = leaves.map_leaves(leaves.dense, (w, given))
         static = {name: varied.at(v, some[0]) for name, v in hyper.items()}
         call = programs.compiled(fn, tuple(sorted(static.items())))
-        made = wrap(_naming(some[0], call, w, given))
-        changes.update(zip(some, made, strict=True))
+        changes.update(zip(some, _naming(some[0], call, w, given), strict=True))
       return m.update(changes)
     for address in chosen:
       w = m.leaf(address)
       given = {name: evidence[name][address] for name in wants}
-      (w,), given, wrap = _opened((w,), given, inside)
       static = {name: varied.at(v, address) for name, v in hyper.items()}
       turned = {name: varied.at(v, address) for name, v in knobs.items()}
       for name, need in wants.items():
@@ -125,7 +119,7 @@ def over_leaves(
       others = given[donors] if donors else ()
       where = pieces.bounds(w, others) if split else None
       if where is None:
-        (changes[address],) = wrap((_naming(address, call, w, given),))
+        changes[address] = _naming(address, call, w, given)
       else:
         more = split(w, others, where, **static) if callable(split) else None
         made = pieces.through(call, w, given, donors, where, more)
@@ -141,7 +135,7 @@ def over_leaves(
       fn, hyper=hyper, knobs=knobs, check=check,
       select=narrower if select is None else step.both(select, narrower),
       default=default, domain=domain, wants=wants, random=random, raw=raw, split=split,
-      shared=shared, options=options, choose=choose, inside=inside, scope=scope,
+      shared=shared, options=options, choose=choose, scope=scope,
     )  # fmt: skip
 
   return step.Step(_aim(wants, pattern), apply, scope, {}, units, reselect)
@@ -312,21 +306,6 @@ def over_blocks(
 
   all_wants = {"block": needs_lib.Blocks(), **others}
   return step.Step(_aim(all_wants, pattern), apply, "block", {}, units, reselect)
-
-
-def _opened(
-  w: Sequence[Any], given: dict[str, Any], inside: bool
-) -> tuple[tuple[Any, ...], dict[str, Any], Callable[[Sequence[Any]], tuple[Any, ...]]]:
-  """Take weights out of turned kernels, turn their evidence too, and say how to go back."""
-  able = inside and all(hasattr(x, "turned") for x in given.values())
-  if not able or not all(isinstance(x, leaves.Rotated) for x in w):
-    return tuple(w), given, tuple
-  held = {name: programs.compiled(_turned, ())(x, {}) for name, x in given.items()}
-  return tuple(x.weight for x in w), held, lambda made: tuple(map(leaves.Rotated, made))
-
-
-def _turned(statistic: Any) -> Any:
-  return statistic.turned()
 
 
 def _naming(address: str, call: Callable[[Any, Any], Any], w: Any, given: Any) -> Any:

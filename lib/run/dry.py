@@ -78,7 +78,8 @@ def refuse_twice(transform: step.Transform, source: needs.Source) -> None:
   model = model_lib.Model(source.spec, paths.unflatten(shapes))
   for i, one in enumerate(transform[: doers[-1] + 1]):
     chosen = {a for unit in one.units(model.addresses()) for a in unit}
-    held = {a: _weight(model.leaf(a)) for a in model.addresses() if a in chosen and i in doers}
+    mine = [a for a in model.addresses() if a in chosen and i in doers]
+    held = {a: leaves.inner(model.leaf(a)) for a in mine}
     held = {a: x for a, x in held.items() if _quantized(x)}
     if i < doers[-1] or held:
       model = dry_run((one,), model)
@@ -92,16 +93,9 @@ def refuse_twice(transform: step.Transform, source: needs.Source) -> None:
         )
 
 
-def _weight(leaf: Any) -> Any:
-  """Return what of a leaf is rounded once and for all; its inputs are anew in every pass."""
-  while isinstance(leaf, leaves.ActivationQuantized | leaves.Rotated):
-    leaf = leaf.weight
-  return leaf
-
-
 def _quantized(leaf: Any) -> bool:
   """Tell whether a leaf's values were rounded; factors and sparse matrices are not."""
-  leaf = _weight(leaf)
+  leaf = leaves.inner(leaf)
   if isinstance(leaf, leaves.Sum):
     return any(map(_quantized, leaf.parts))
   kept = leaves.LowRank | leaves.SparseTensor | leaves.Outliers | leaves.SignedLowRank

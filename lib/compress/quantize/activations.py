@@ -60,13 +60,12 @@ def activations(
     select=select,
     wants={"inputs": needs.Statistic("absmax")} if static else {},
     raw=True,
-    inside=True,
   )
 
 
-def _leaf(
-  w: Any, *, bits: int, format: str, per: str, static: bool, inputs: Any = None
-) -> leaves.ActivationQuantized:
+def _leaf(w: Any, *, bits: int, format: str, per: str, static: bool, inputs: Any = None) -> Any:
+  if isinstance(w, leaves.Rotated) and not static:  # the largest of turned inputs is not known
+    return leaves.Rotated(_leaf(w.weight, bits=bits, format=format, per=per, static=static))
   form = {"bits": bits, "format": format, "per": per}
   if isinstance(w, leaves.ActivationQuantized):
     if static == (w.scale is not None) and all(getattr(w, k) == v for k, v in form.items()):

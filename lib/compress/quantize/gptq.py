@@ -172,14 +172,7 @@ def gptq(
     raise ValueError(f"damping={damping}: valid is 0 to 1, usually 0.01")
   wants = {"hessian": needs.Statistic("second_moment")}
   return lifting.over_leaves(
-    _leaves,
-    hyper=hyper,
-    select=select,
-    wants=wants,
-    raw=True,
-    shared="hessian",
-    inside=True,
-    scope="block",
+    _leaves, hyper=hyper, select=select, wants=wants, raw=True, shared="hessian", scope="block"
   )
 
 
@@ -196,9 +189,12 @@ def _leaves(
 ) -> tuple[Any, ...]:
   """Quantize kernels with the same inputs as one, unless they are in this format already."""
   form = {"bits": bits, "group_size": group_size, "format": format}
+  hyper |= {"symmetric": symmetric, "scale_dtype": scale_dtype}
+  if all(isinstance(w, leaves.Rotated) for w in kernels):
+    held = tuple(w.weight for w in kernels)
+    return tuple(map(leaves.Rotated, _leaves(held, hessian.turned(), **form, **hyper)))
   done = [grids.already(w, **form, symmetric=symmetric) for w in kernels]
   todo = [leaves.dense(w) for w, fine in zip(kernels, done, strict=True) if not fine]
-  hyper |= {"symmetric": symmetric, "scale_dtype": scale_dtype}
   if len(todo) > 1 and (_nested(scale_dtype) or len({w.dtype for w in todo}) > 1):
     return tuple(_leaves((w,), hessian, **form, **hyper)[0] for w in kernels)
   if not todo:

@@ -139,9 +139,10 @@ def hqq(
       f"beta={beta}, kappa={kappa}, iterations={iterations}: beta is positive, kappa is 1 or more, "
       "iterations are not negative"
     )
-  return lifting.over_leaves(_leaf, hyper=hyper, select=select, raw=True, inside=True)
+  return lifting.over_leaves(_leaf, hyper=hyper, select=select, raw=True)
 
 
+@leaves.keeping_turns
 def _leaf(w: Any, *, bits: int, group_size: int, **hyper: Any) -> Any:
   done = grids.already(w, bits=bits, group_size=group_size, symmetric=False)
   if done and jnp.issubdtype(w.zeros.dtype, jnp.floating):

@@ -101,9 +101,10 @@ def rtn(
     "scale_dtype": scale_dtype, "format": format, "group_cols": group_cols,
   }  # fmt: skip
   grids.check(**hyper)
-  return lifting.over_leaves(_leaf, hyper=hyper, select=select, raw=True, inside=True)
+  return lifting.over_leaves(_leaf, hyper=hyper, select=select, raw=True)
 
 
+@leaves.keeping_turns
 def _leaf(
   w: Any, *, group_size: int, bits: int, symmetric: bool, format: str, group_cols: int, **hyper: Any
 ) -> Any:

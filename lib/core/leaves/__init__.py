@@ -13,6 +13,7 @@ from treesurgeon.core.leaves.base import (
   bits_per_weight,
   container,
   dense,
+  inner,
   is_leaf,
   map_leaves,
   nbytes,
@@ -27,7 +28,7 @@ from treesurgeon.core.leaves.low_rank import LowRank
 from treesurgeon.core.leaves.outlier_victim import OutlierVictim
 from treesurgeon.core.leaves.outliers import Outliers
 from treesurgeon.core.leaves.quantized import QuantizedTensor
-from treesurgeon.core.leaves.rotated import Rotated
+from treesurgeon.core.leaves.rotated import Rotated, keeping_turns
 from treesurgeon.core.leaves.signed import SignedLowRank
 from treesurgeon.core.leaves.sparse import SparseTensor
 from treesurgeon.core.leaves.split_rows import SplitRows
@@ -54,7 +55,9 @@ __all__ = [
   "container",
   "dense",
   "from_parts",
+  "inner",
   "is_leaf",
+  "keeping_turns",
   "map_leaves",
   "nbytes",
   "signature",

@@ -195,4 +195,22 @@ def signature(leaf: Leaf) -> tuple:
   return structure, tuple((tuple(a.shape), jnp.dtype(a.dtype).name) for a in arrays)
 
 
+def inner(leaf: Leaf) -> Leaf:
+  """Return the kernel that leaves around it hold: what is rounded once, and not in every pass.
+
+  Args:
+    leaf: array or compressed leaf.
+
+  Returns:
+    The first leaf within that is not an `Around`; itself if it is none.
+
+  Example:
+    >>> inner(jnp.ones(2)).tolist()
+    [1.0, 1.0]
+  """
+  while isinstance(leaf, Around):
+    leaf = leaf.weight
+  return leaf
+
+
 map_leaves = functools.partial(jax.tree.map, is_leaf=is_leaf)
