@@ -36,6 +36,7 @@ def quantize(
   dimension: str,
   over: str = "rtn",
   damping: float = 0.01,
+  scale_dtype: str | None = None,
 ) -> tuple[UInt8[Array, "rows cols"], grids.Grid]:
   """Quantize a matrix in groups within outputs, or within inputs.
 
@@ -47,6 +48,7 @@ def quantize(
     dimension: what a group lies within, "output" or "input".
     over: "rtn" or "gptq".
     damping: of GPTQ, see there.
+    scale_dtype: how scales are stored, see `grid`; None is the dtype of `w`.
 
   Returns:
     (codes, grid), the grid in tiles of (group_size, 1) or (1, group_size).
@@ -58,7 +60,7 @@ def quantize(
   """
   rows, cols = w.shape
   tile = _tile(group_size, dimension, w.shape)
-  codes, grid = rtn.quantize(w, bits=bits, symmetric=False, **tile)
+  codes, grid = rtn.quantize(w, bits=bits, symmetric=False, scale_dtype=scale_dtype, **tile)
   if over == "rtn":
     return codes, grid
   exact, h = rounding.without_dead(w.astype(jnp.float32), h.astype(jnp.float32))
@@ -66,8 +68,7 @@ def quantize(
   wide = grids.spread(grid, rows=rows, cols=cols, **tile)
   rule = rounding.by_groups(jnp.arange(rows), {"bits": bits})
   codes, _, _ = rounding.in_turn(exact, ratios, wide, rule)
-  failed = ~jnp.isfinite(ratios).all()
-  return codes, grid._replace(scales=jnp.where(failed, jnp.nan, grid.scales).astype(w.dtype))
+  return codes, grids.poisoned(grid, ~jnp.isfinite(ratios).all())
 
 
 def error(
@@ -77,6 +78,7 @@ def error(
   bits: int,
   group_size: int,
   dimension: str,
+  scale_dtype: str | None = None,
 ) -> Float[Array, ""]:
   """Compute the output error of rounding to nearest in one kind of groups.
 
@@ -86,6 +88,7 @@ def error(
     bits: width of a code.
     group_size: weights that share a scale.
     dimension: what a group lies within.
+    scale_dtype: how scales are stored.
 
   Returns:
     tr(dW' H dW).
@@ -97,7 +100,7 @@ def error(
     [0.01, 0.0]
   """
   tile = _tile(group_size, dimension, w.shape)
-  codes, grid = rtn.quantize(w, bits=bits, symmetric=False, **tile)
+  codes, grid = rtn.quantize(w, bits=bits, symmetric=False, scale_dtype=scale_dtype, **tile)
   wide = grids.spread(grid, rows=w.shape[0], cols=w.shape[1], **tile)
   wrong = grids.dequantize(codes, wide, bits=bits) - w.astype(jnp.float32)
   return (jnp.matmul(h.astype(jnp.float32), wrong, precision="highest") * wrong).sum()
@@ -110,6 +113,7 @@ def adadim(
   group_size: int = 128,
   over: str = "rtn",
   damping: float = 0.01,
+  scale_dtype: str | None = None,
   select: str | None = None,
 ) -> step.Step:
   """Quantize each kernel in groups along the dimension that serves it better.
@@ -119,6 +123,7 @@ def adadim(
     group_size: weights that share a scale; -1, or more than there are, is a whole column or row.
     over: how to round, "rtn" or "gptq".
     damping: of GPTQ: added to the diagonal of the second moment, relative to its mean.
+    scale_dtype: how scales are stored, as for rtn; None is the weight's dtype.
     select: which addresses; None is every kernel inside the layers.
 
   Returns:
@@ -136,12 +141,15 @@ def adadim(
     Heo et al., Rethinking Channel Dimensions to Isolate Outliers for Low-bit Weight Quantization of
     Large Language Models, ICLR 2024, arXiv:2309.15531.
   """
-  grids.check(bits=bits, group_size=group_size, symmetric=False)
+  grids.check(bits=bits, group_size=group_size, symmetric=False, scale_dtype=scale_dtype)
   if over not in OVER:
     raise ValueError(f"over={over!r}: valid are {', '.join(OVER)}")
   if not 0 <= damping < 1:
     raise ValueError(f"damping={damping}: valid is 0 to 1, usually 0.01")
-  hyper = {"bits": bits, "group_size": group_size, "over": over, "damping": damping}
+  hyper = {
+    "bits": bits, "group_size": group_size, "over": over, "damping": damping,
+    "scale_dtype": scale_dtype,
+  }  # fmt: skip
   return lifting.over_leaves(
     _leaf, hyper=hyper, select=select, wants={"hessian": needs.Statistic("second_moment")},
     raw=True, options=[{"dimension": d} for d in DIMENSIONS], choose=_choose, scope="block",
@@ -155,10 +163,17 @@ def _tile(group_size: int, dimension: str, shape: tuple[int, ...]) -> dict[str, 
 
 
 def _choose(
-  w: Any, hessian: Any, *, options: Any, bits: int, group_size: int, **hyper: Any
+  w: Any,
+  hessian: Any,
+  *,
+  options: Any,
+  bits: int,
+  group_size: int,
+  scale_dtype: str | None,
+  **hyper: Any,
 ) -> jax.Array:
   del hyper
-  how = {"bits": bits, "group_size": group_size}
+  how = {"bits": bits, "group_size": group_size, "scale_dtype": scale_dtype}
   w = leaves.dense(w)
   return jnp.argmin(jnp.stack([error(w, hessian.moment, **how, **dict(o)) for o in options]))
 

@@ -49,7 +49,7 @@ def scale(
     w: all kernels that read the inputs, side by side.
     h: second moment of the inputs, up to a factor.
     x: mean magnitude of each channel, up to a factor.
-    form: bits, group_size and symmetric.
+    form: bits, group_size, symmetric, and what else `rtn.quantize` takes.
     duo_scaling: divide by the weights' mean relative magnitude too.
     feed: how inputs share channels; None is not at all.
 
@@ -96,7 +96,7 @@ def clip(
   Args:
     w: weights, input dimension first.
     h: second moment of the inputs, up to a factor.
-    form: bits, group_size and symmetric.
+    form: bits, group_size, symmetric, and what else `rtn.quantize` takes.
 
   Returns:
     The weights, in float32.
@@ -137,6 +137,7 @@ def awq(
   symmetric: bool = False,
   duo_scaling: bool = True,
   clip: bool = True,
+  scale_dtype: str | None = None,
   select: str | None = None,
 ) -> step.Step:
   """Quantize kernels by AWQ, from second moments and mean magnitudes of their inputs.
@@ -147,6 +148,7 @@ def awq(
     symmetric: whether there are no zero points; the paper has them.
     duo_scaling: let weights' magnitudes count in the scales too, as llm-compressor does.
     clip: search for ranges of groups.
+    scale_dtype: how scales are stored, as for rtn; None is the weight's dtype.
     select: which kernels; None is every kernel inside the layers. Norms change along.
 
   Returns:
@@ -164,8 +166,9 @@ def awq(
     2023, arXiv:2306.00978.
   """
   form = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
-  grids.check(**form)
-  hyper = {"form": tuple(form.items()), "clipping": clip, "duo_scaling": duo_scaling}
+  grids.check(**form, scale_dtype=scale_dtype)
+  how = {**form, "scale_dtype": scale_dtype}
+  hyper = {"form": tuple(how.items()), "clipping": clip, "duo_scaling": duo_scaling}
   return over_feeds.over_layers(
     _layer,
     hyper=hyper,

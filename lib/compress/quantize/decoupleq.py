@@ -57,6 +57,7 @@ def quantize(
   group_size: int,
   rounds: int = 4,
   damping: float = 0.01,
+  scale_dtype: str | None = None,
 ) -> tuple[UInt8[Array, "rows cols"], grids.Grid, Float[Array, " cols"]]:
   """Quantize a matrix, its codes and grids in turn.
 
@@ -67,6 +68,7 @@ def quantize(
     group_size: rows that share a scale; the last group may be shorter.
     rounds: how often codes and grids are solved for; 0 rounds to nearest on the range.
     damping: added to the diagonal of h, relative to its mean.
+    scale_dtype: dtype of scales and zero points; None is that of `w`.
 
   Returns:
     (codes, grid, error of each column with h damped).
@@ -77,6 +79,7 @@ def quantize(
     >>> codes[:, 0].tolist(), grid.scales.round(3).tolist(), grid.zeros.round(3).tolist()
     ([0, 1, 3], [[1.0]], [[-0.5]])
   """
+  store = jnp.dtype(scale_dtype or w.dtype)
   exact, h = rounding.without_dead(w.astype(jnp.float32), h.astype(jnp.float32))
   order = jnp.argsort(-jnp.diag(h), stable=True)
   ratios = rounding.ratios(h[order][:, order], damping)
@@ -103,23 +106,22 @@ def quantize(
     codes, _, _ = rounding.in_turn(exact[order], ratios, grid, rule)
     codes = codes[jnp.argsort(order)].astype(jnp.float32)
     best = better(best, Found(codes, grid, lost(codes, grid)))
-    solved = solve(best.codes, exact, h, group_size=group_size, store=w.dtype)
+    solved = solve(best.codes, exact, h, group_size=group_size, store=store)
     return better(best, Found(best.codes, solved, lost(best.codes, solved))), first
 
   top, bottom = (_extreme(exact, group_size, largest) for largest in (True, False))
 
   def shrunk(i: jax.Array, best: Found) -> Found:
     part = 1 - i / GRID
-    return better(best, nearest(_from_range(bottom * part, top * part, bits, w.dtype)))
+    return better(best, nearest(_from_range(bottom * part, top * part, bits, store)))
 
-  start = nearest(_from_range(bottom, top, bits, w.dtype))
+  start = nearest(_from_range(bottom, top, bits, store))
   narrow = jax.lax.fori_loop(1, int(GRID * SHRINK), shrunk, start)
-  solved = solve(narrow.codes, exact, h, group_size=group_size, store=w.dtype)
+  solved = solve(narrow.codes, exact, h, group_size=group_size, store=store)
   searched = better(narrow, Found(narrow.codes, solved, lost(narrow.codes, solved))).grid
   best, _ = jax.lax.fori_loop(0, rounds, turn, (start, start.grid))
-  failed = ~jnp.isfinite(ratios).all()
-  scales = jnp.where(failed, jnp.nan, best.grid.scales).astype(w.dtype)
-  return best.codes.astype(jnp.uint8), best.grid._replace(scales=scales), best.error
+  grid = grids.poisoned(best.grid, ~jnp.isfinite(ratios).all())
+  return best.codes.astype(jnp.uint8), grid, best.error
 
 
 def solve(
@@ -186,6 +188,7 @@ def decoupleq(
   epochs: int = 4,
   rate: float = 1e-5,
   batch: int = 8,
+  scale_dtype: str | None = None,
   select: str | None = None,
 ) -> step.Step:
   """Quantize kernels, solving for integers and for what scales them in turn.
@@ -198,6 +201,7 @@ def decoupleq(
     epochs: times that the calibration data is gone through to tune a block; 0 does not.
     rate: Adam's step size then.
     batch: rows of the calibration data a step.
+    scale_dtype: float32, bfloat16 or float16, of zero points too; None is the weight's dtype.
     select: which addresses; None is every kernel inside the layers.
 
   Returns:
@@ -215,6 +219,7 @@ def decoupleq(
     Parameters into Integer and Floating Points, 2024, arXiv:2404.12759.
   """
   grids.check(bits=bits, group_size=group_size, symmetric=False)
+  grids.check_float(scale_dtype)
   if rounds < 0 or epochs < 0 or batch < 1:
     raise ValueError(
       f"rounds={rounds}, epochs={epochs}, batch={batch}: rounds and epochs are not negative, a "
@@ -222,7 +227,10 @@ def decoupleq(
     )
   if not 0 < damping < 1:
     raise ValueError(f"damping={damping}: valid is above 0 to below 1, usually 0.01")
-  how = {"bits": bits, "group_size": group_size, "rounds": rounds, "damping": damping}
+  how = {
+    "bits": bits, "group_size": group_size, "rounds": rounds, "damping": damping,
+    "scale_dtype": scale_dtype,
+  }  # fmt: skip
   wants = {"hessian": needs.Statistic("second_moment")}
   if not epochs:
     return lifting.over_leaves(

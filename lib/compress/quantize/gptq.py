@@ -103,7 +103,7 @@ def quantize(
     rule = rounding.by_groups(jnp.arange(rows) // group_size, form)
     codes, grid, _ = rounding.in_turn(w, ratios, grid, rule, block=group_size, refit=fit)
   failed = ~jnp.isfinite(ratios).all()
-  grid = jax.tree.map(lambda a: _poison(a, failed), grid)
+  grid = grids.poisoned(grid, failed)
   group_index = None
   if act_order:
     back = jnp.argsort(order)
@@ -216,8 +216,3 @@ def _leaves(
 def _nested(scale_dtype: str | None) -> bool:
   """Tell whether scales are quantized themselves, a kernel's together."""
   return scale_dtype is not None and (scale_dtype == "e4m3fn" or scale_dtype.startswith("int"))
-
-
-def _poison(a: jax.Array, failed: jax.Array) -> jax.Array:
-  real = jnp.issubdtype(a.dtype, jnp.floating)
-  return jnp.where(failed, jnp.nan, a).astype(a.dtype) if real else a

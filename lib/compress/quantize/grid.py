@@ -26,9 +26,8 @@ from treesurgeon.core import formats, leaves, packing
 STEPS = 20  # mse: shrink factors 1, 0.99, ... 0.81, as llm-compressor's observer
 NORM = 2.4
 BLOCK = 256  # scales that share a range, where scales are integers
-STORES = (
-  "float32", "bfloat16", "float16", "float8_e8m0fnu", "e4m3fn", "int8", "int6", "int4",
-)  # fmt: skip
+FLOATS = ("float32", "bfloat16", "float16")
+STORES = (*FLOATS, "float8_e8m0fnu", "e4m3fn", "int8", "int6", "int4")
 
 
 class Grid(NamedTuple):
@@ -329,6 +328,46 @@ def check(
     raise ValueError(f"group_cols={group_cols}: tiles have 1 column or more; -1 is all of them")
   if scale_dtype is not None and scale_dtype not in STORES:
     raise ValueError(f"scale_dtype={scale_dtype!r}: valid are {', '.join(STORES)}, None")
+
+
+def check_float(scale_dtype: str | None) -> None:
+  """Refuse what scales that move freely, or zero points beside them, cannot be stored as.
+
+  Args:
+    scale_dtype: how they are stored, or None.
+
+  Raises:
+    ValueError: naming the value and what is valid.
+
+  Example:
+    >>> check_float("int8")
+    Traceback (most recent call last):
+    ValueError: scale_dtype='int8': valid are float32, bfloat16, float16, None
+  """
+  if scale_dtype not in (None, *FLOATS):
+    raise ValueError(f"scale_dtype={scale_dtype!r}: valid are {', '.join(FLOATS)}, None")
+
+
+def poisoned(grid: Grid, failed: Any) -> Grid:
+  """Make scales not a number where a factorization failed, so that the result is refused.
+
+  Args:
+    grid: a grid.
+    failed: boolean scalar.
+
+  Returns:
+    The grid; scales keep how they are stored.
+
+  Example:
+    >>> poisoned(Grid(jnp.ones((1, 1)), None), True).scales.item()
+    nan
+  """
+
+  def poison(a: jax.Array) -> jax.Array:
+    real = jnp.issubdtype(a.dtype, jnp.floating)
+    return jnp.where(failed, jnp.nan, a).astype(a.dtype) if real else a
+
+  return grid._replace(scales=jax.tree.map(poison, grid.scales))
 
 
 def _tiles(w: jax.Array, size: int, cols: int) -> jax.Array:

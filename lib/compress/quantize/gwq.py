@@ -29,6 +29,7 @@ def quantize(
   group_size: int = 128,
   symmetric: bool = False,
   outliers: float = 0.01,
+  scale_dtype: str | None = None,
 ) -> leaves.QuantizedTensor | leaves.Sum:
   """Keep the weights of the largest gradients and round the others.
 
@@ -39,6 +40,7 @@ def quantize(
     group_size: rows that share a scale; the last group may be shorter.
     symmetric: whether there are no zero points.
     outliers: fraction of the weights that are kept.
+    scale_dtype: how scales are stored, see `grid`; None is the dtype of `w`.
 
   Returns:
     A `QuantizedTensor`, or a `Sum` of one, zero where weights are kept, and `Outliers`.
@@ -52,8 +54,9 @@ def quantize(
   kept = outlying.pick(jnp.abs(gradient.astype(jnp.float32)), outliers)
   # Zero is on every grid and widens no range, so it leaves no trace of what is kept elsewhere.
   rest = jnp.where(kept, 0, w)
-  codes, grid = rtn.quantize(rest, bits=bits, group_size=group_size, symmetric=symmetric)
-  base = grids.tensor(codes, grid, bits=bits, group_size=group_size, store=jnp.dtype(w.dtype))
+  form: dict[str, Any] = {"bits": bits, "group_size": group_size}
+  codes, grid = rtn.quantize(rest, **form, symmetric=symmetric, scale_dtype=scale_dtype)
+  base = grids.tensor(codes, grid, **form, store=jnp.dtype(w.dtype))
   if not outlying.count_of(outliers, *w.shape):
     return base
   return leaves.Sum((base, outlying.gather(w, kept, outliers)))
@@ -66,6 +69,7 @@ def gwq(
   group_size: int = 128,
   symmetric: bool = False,
   outliers: float = 0.01,
+  scale_dtype: str | None = None,
   select: str | None = None,
 ) -> step.Step:
   """Quantize kernels by rounding to nearest, but for the weights of the largest gradients.
@@ -75,6 +79,7 @@ def gwq(
     group_size: input rows that share a scale; -1, or more than there are, is one a column.
     symmetric: whether there are no zero points.
     outliers: fraction of the weights that are kept; 1 is the neutral setting.
+    scale_dtype: how scales are stored, as for rtn; None is the weight's dtype.
     select: which addresses; None is every kernel inside the layers.
 
   Returns:
@@ -91,11 +96,12 @@ def gwq(
     Shao et al., GWQ: Gradient-Aware Weight Quantization for Large Language Models, 2024,
     arXiv:2411.00850.
   """
-  grids.check(bits=bits, group_size=group_size, symmetric=symmetric)
-  outlying.check(outliers)
   hyper = {
-    "bits": bits, "group_size": group_size, "symmetric": symmetric, "outliers": outliers
+    "bits": bits, "group_size": group_size, "symmetric": symmetric, "outliers": outliers,
+    "scale_dtype": scale_dtype,
   }  # fmt: skip
+  grids.check(**hyper)
+  outlying.check(outliers)
   wants = {"gradient": needs.Statistic("gradient")}
   return lifting.over_leaves(_leaf, hyper=hyper, select=select, wants=wants)
 

@@ -32,6 +32,7 @@ def quantize(
   beta: float = 10.0,
   kappa: float = 1.01,
   iterations: int = 20,
+  scale_dtype: str | None = None,
 ) -> tuple[UInt8[Array, "*batch rows cols"], grids.Grid]:
   """Fit zero points to groups of a matrix and round to their grids.
 
@@ -43,16 +44,17 @@ def quantize(
     beta: penalty for splitting; what it penalises is in the unit of the weights.
     kappa: growth of beta an iteration.
     iterations: how many; 0 is the min-max grid with a floating-point zero point.
+    scale_dtype: dtype of scales and zero points; None is that of `w`.
 
   Returns:
-    (codes, grid), scales and zero points in the dtype of `w`.
+    (codes, grid).
 
   Example:
     >>> codes, grid = quantize(jnp.array([[0.0], [0.1], [0.2], [3.0]]), bits=2, group_size=4)
     >>> codes[:, 0].tolist(), grid.scales.tolist()
     ([0, 0, 0, 3], [[1.0]])
   """
-  steps = 2**bits - 1
+  steps, store = 2**bits - 1, jnp.dtype(scale_dtype or w.dtype)
   *batch, rows, cols = w.shape
   widths = [(0, 0)] * len(batch) + [(0, -rows % group_size), (0, 0)]
   parts = jnp.pad(w.astype(jnp.float32), widths).reshape(*batch, -1, group_size, cols)
@@ -61,8 +63,8 @@ def quantize(
   count = inside.sum(axis=-2, keepdims=True)
   top = jnp.where(inside, parts, -jnp.inf).max(axis=-2, keepdims=True)
   bottom = jnp.where(inside, parts, jnp.inf).min(axis=-2, keepdims=True)
-  scales = ((top - bottom) / steps).astype(w.dtype)
-  stored = jnp.where(scales > 0, scales, jnp.ones((), w.dtype))
+  scales = ((top - bottom) / steps).astype(store)
+  stored = jnp.where(scales > 0, scales, jnp.ones((), store))
   scales = stored.astype(jnp.float32)
 
   def codes_for(zeros: jax.Array) -> jax.Array:
@@ -85,9 +87,9 @@ def quantize(
   least = jnp.full((*batch, 1, 1, 1), jnp.inf)
   start = -bottom / scales, least, least > 0
   zeros, _, _ = jax.lax.fori_loop(0, iterations, one, start)
-  zeros = zeros.astype(w.dtype).astype(jnp.float32)
+  zeros = zeros.astype(store).astype(jnp.float32)
   codes = codes_for(zeros).astype(jnp.uint8).reshape(*batch, -1, cols)
-  grid = grids.Grid(stored[..., 0, :], zeros[..., 0, :].astype(w.dtype))
+  grid = grids.Grid(stored[..., 0, :], zeros[..., 0, :].astype(store))
   return jax.lax.slice_in_dim(codes, 0, rows, axis=len(batch)), grid
 
 
@@ -100,6 +102,7 @@ def hqq(
   beta: float = 10.0,
   kappa: float = 1.01,
   iterations: int = 20,
+  scale_dtype: str | None = None,
   select: str | None = None,
 ) -> step.Step:
   """Quantize kernels with zero points fitted by half-quadratic splitting, no data needed.
@@ -111,6 +114,7 @@ def hqq(
     beta: penalty for splitting.
     kappa: growth of beta an iteration.
     iterations: how many.
+    scale_dtype: float32, bfloat16 or float16, of zero points too; None is the weight's dtype.
     select: which addresses; None is every kernel inside the layers.
 
   Returns:
@@ -129,9 +133,10 @@ def hqq(
   """
   hyper = {
     "bits": bits, "group_size": group_size, "p": p, "beta": beta, "kappa": kappa,
-    "iterations": iterations,
+    "iterations": iterations, "scale_dtype": scale_dtype,
   }  # fmt: skip
   grids.check(bits=bits, group_size=group_size, symmetric=False)
+  grids.check_float(scale_dtype)
   if not 0 < p <= 1:
     raise ValueError(f"p={p}: valid is above 0 up to 1, usually 0.7")
   if beta <= 0 or kappa < 1 or iterations < 0:

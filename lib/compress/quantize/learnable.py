@@ -17,8 +17,6 @@ from jaxtyping import Array, Float
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.core import leaves
 
-STORES = ("float32", "bfloat16", "float16")
-
 Learned = Any  # tree of float32 arrays
 
 

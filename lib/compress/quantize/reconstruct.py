@@ -242,10 +242,7 @@ def lift(plan: Plan, *, per: str, select: str | None, **hyper: Any) -> step.Step
   grids.check(**hyper)
   if per not in ("block", "kernel"):
     raise ValueError(f"per={per!r}: valid are block, kernel")
-  if hyper["scale_dtype"] not in (None, *learnable.STORES):
-    raise ValueError(
-      f"scale_dtype={hyper['scale_dtype']!r}: valid are {', '.join(learnable.STORES)}, None"
-    )
+  grids.check_float(hyper["scale_dtype"])
   if hyper["steps"] < 0:
     raise ValueError(f"steps={hyper['steps']}: valid is 0, rounding to nearest, or more")
   if hyper["batch"] < 1:

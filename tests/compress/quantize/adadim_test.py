@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from treesurgeon.compress.quantize import adadim
-from treesurgeon.core import model, paths
+from treesurgeon.compress.quantize import grid as grids
+from treesurgeon.core import leaves, model, paths
 from treesurgeon.stats import folds
 
 KEY = jax.random.key(0)
@@ -91,8 +92,22 @@ def test_gptq_within_inputs_leaves_what_no_later_row_can_mend():
     assert (np.asarray(codes[j]) == expected).mean() >= 7 / 8  # a tie may fall otherwise
 
 
+@pytest.mark.parametrize("over", adadim.OVER)
+def test_scales_are_quantized_where_they_are_judged(over):
+  w, h = problem(spiky=True)
+  how = {"bits": 3, "group_size": 8, "dimension": "input", "scale_dtype": "int8"}
+  codes, grid = adadim.quantize(jnp.asarray(w), jnp.asarray(h), over=over, **how)
+  leaf = grids.tensor(codes, grid, bits=3, group_size=1, group_cols=8, store="float32")
+  assert isinstance(leaf.scales, leaves.QuantizedTensor)
+  error = float(adadim.error(jnp.asarray(w), jnp.asarray(h), **how))
+  got = lost(w, h, leaf.dense())
+  assert got == pytest.approx(error, rel=1e-3) if over == "rtn" else got < error
+
+
 def test_arguments_are_checked():
   with pytest.raises(ValueError, match="over='awq': valid are rtn, gptq"):
     adadim.adadim(over="awq")
   with pytest.raises(ValueError, match=r"damping=1.5"):
     adadim.adadim(damping=1.5)
+  with pytest.raises(ValueError, match="scale_dtype='int7'"):
+    adadim.adadim(scale_dtype="int7")

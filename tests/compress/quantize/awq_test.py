@@ -12,7 +12,7 @@ from treesurgeon import models
 from treesurgeon.compress.quantize import awq, rtn
 from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.core import leaves, model
-from treesurgeon.run import collect, drivers
+from treesurgeon.run import collect, drivers, dry
 
 FORM = {"bits": 3, "group_size": 8, "symmetric": False}
 SPEC = models.Spec(
@@ -30,8 +30,8 @@ def problem():
   return rng.normal(size=(20, 12)).astype(np.float32), x
 
 
-def nearest(w):
-  codes, grid = rtn.quantize(jnp.asarray(w, jnp.float32), **FORM)
+def nearest(w, scale_dtype=None):
+  codes, grid = rtn.quantize(jnp.asarray(w, jnp.float32), **FORM, scale_dtype=scale_dtype)
   wide = grids.spread(grid, group_size=8, rows=len(w))
   return np.asarray(grids.dequantize(codes, wide, bits=3), np.float64)
 
@@ -54,14 +54,16 @@ def test_scales_are_the_best_of_the_grid(duo):
   assert min(errors) < 0.7 * errors[0]
 
 
-def test_clipping_is_the_best_of_the_grid():
+@pytest.mark.parametrize("stored", [None, "float8_e8m0fnu"])
+def test_clipping_is_the_best_of_the_grid(stored):
   w, x = problem()
-  got = np.asarray(awq.clip(jnp.asarray(w), jnp.asarray(x.T @ x, jnp.float32), form=FORM))
+  form = {**FORM, "scale_dtype": stored}
+  got = np.asarray(awq.clip(jnp.asarray(w), jnp.asarray(x.T @ x, jnp.float32), form=form))
   for start in (0, 8, 16):
     rows = slice(start, min(start + 8, 20))
     top = np.abs(w[rows]).max(axis=0)
     tried = [np.clip(w[rows], -t * top, t * top) for t in 1 - np.arange(10) / 20]
-    errors = [np.square(x[:, rows] @ (nearest(t) - w[rows])).sum(axis=0) for t in tried]
+    errors = [np.square(x[:, rows] @ (nearest(t, stored) - w[rows])).sum(axis=0) for t in tried]
     best = np.argmin(errors, axis=0)
     same = [np.allclose(got[rows, j], tried[best[j]][:, j], rtol=1e-6) for j in range(12)]
     assert np.mean(same) == 1
@@ -99,8 +101,16 @@ def test_planted_channels_are_saved():
     jax.tree.map(np.testing.assert_array_equal, again.leaf(a), both.leaf(a))
 
 
+def test_scales_are_stored_as_asked():
+  out = dry.dry_run(awq.awq(**FORM, scale_dtype="e4m3fn"), planted())
+  scales = out.leaf("layers/1/mlp/up/kernel").scales
+  assert isinstance(scales, leaves.QuantizedTensor) and scales.format == "e4m3fn"
+
+
 def test_mistakes_are_named():
   with pytest.raises(ValueError, match="bits=0"):
     awq.awq(bits=0)
+  with pytest.raises(ValueError, match="scale_dtype='int7'"):
+    awq.awq(scale_dtype="int7")
   with pytest.raises(ValueError, match="tears a feed apart"):
     drivers.run(awq.awq(select=".*/up/kernel"), planted(), collect.Materials(batches=TEXT))

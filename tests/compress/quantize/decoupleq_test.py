@@ -14,7 +14,7 @@ from treesurgeon.compress.quantize import grid as grids
 from treesurgeon.core import model
 from treesurgeon.run import collect, drivers
 
-RUN = jax.jit(decoupleq.quantize, static_argnames=("bits", "group_size", "rounds"))
+RUN = jax.jit(decoupleq.quantize, static_argnames=("bits", "group_size", "rounds", "scale_dtype"))
 
 
 def problem(rows=40, cols=12, seed=0):
@@ -64,14 +64,16 @@ def test_every_round_lowers_the_error_of_each_column_and_it_beats_gptq():
   assert errors[-1].sum() < 0.8 * lost(w, damped, grids.dequantize(codes, wide, bits=2)).sum()
 
 
-def test_grids_are_judged_as_they_are_stored():
+@pytest.mark.parametrize("stored", [None, "bfloat16"])
+def test_grids_are_judged_as_they_are_stored(stored):
   w, h = (jnp.asarray(x) for x in problem())
-  codes, grid, error = RUN(w.astype(jnp.bfloat16), h, bits=2, group_size=16, rounds=4)
+  w = w if stored else w.astype(jnp.bfloat16)
+  codes, grid, error = RUN(w, h, bits=2, group_size=16, rounds=4, scale_dtype=stored)
   assert grid.scales.dtype == grid.zeros.dtype == jnp.bfloat16
   wide = grids.spread(grid, group_size=16, rows=40)
   damped = h + 0.01 * jnp.diag(h).mean() * jnp.eye(40)
   made = grids.dequantize(codes, wide, bits=2)
-  exact = np.asarray(w.astype(jnp.bfloat16), np.float32)
+  exact = np.asarray(w, np.float32)
   np.testing.assert_allclose(error, lost(exact, damped, made), rtol=2e-3)
 
 
@@ -106,3 +108,5 @@ def test_arguments_are_checked():
     decoupleq.decoupleq(epochs=-1)
   with pytest.raises(ValueError, match=r"damping=0.0: valid is above 0"):
     decoupleq.decoupleq(damping=0.0)
+  with pytest.raises(ValueError, match="scale_dtype='int8': valid are float32, bfloat16, float16"):
+    decoupleq.decoupleq(scale_dtype="int8")

@@ -6,10 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from treesurgeon.compress.quantize import gwq
+from treesurgeon.compress.quantize import grid as grids
+from treesurgeon.compress.quantize import gwq, rtn
 from treesurgeon.core import leaves
 
-RUN = jax.jit(gwq.quantize, static_argnames=("bits", "group_size", "symmetric", "outliers"))
+RUN = jax.jit(
+  gwq.quantize, static_argnames=("bits", "group_size", "symmetric", "outliers", "scale_dtype")
+)
 
 
 def by_numpy(w, kept, bits, size):
@@ -38,6 +41,17 @@ def test_it_keeps_the_steepest_and_rounds_the_rest_without_them():
   assert leaves.bits_per_weight(leaf) == pytest.approx((64 * 6 + 40 * 18 + 64 * 12) / 120)
   none = RUN(jnp.asarray(w), jnp.asarray(g), bits=3, group_size=8, outliers=0.0)
   assert isinstance(none, leaves.QuantizedTensor)
+
+
+def test_scales_are_stored_as_rtn_stores_them():
+  rng = np.random.default_rng(0)
+  w, g = (jnp.asarray(rng.normal(size=(20, 6)), jnp.float32) for _ in range(2))
+  form = {"bits": 3, "group_size": 8}
+  leaf = RUN(w, g, **form, outliers=0.1, scale_dtype="int8")
+  rest = jnp.where(leaf.parts[1].dense() != 0, 0, w)
+  codes, grid = rtn.quantize(rest, **form, symmetric=False, scale_dtype="int8")
+  expected = grids.tensor(codes, grid, **form, store="float32")
+  jax.tree.map(np.testing.assert_array_equal, leaf.parts[0], expected)
 
 
 def test_it_beats_random_weights_kept_and_none():
@@ -70,3 +84,5 @@ def test_what_is_out_of_range_is_named():
     gwq.gwq(outliers=1.5)
   with pytest.raises(ValueError, match="bits=9"):
     gwq.gwq(bits=9)
+  with pytest.raises(ValueError, match="scale_dtype='int7'"):
+    gwq.gwq(scale_dtype="int7")

@@ -84,8 +84,20 @@ def test_leaf():
   assert halves.zeros.dtype == halves.scales.dtype == halves.dtype == jnp.bfloat16
 
 
+def test_what_is_rounded_is_rounded_with_what_is_stored():
+  w = jnp.asarray(weights(16, 4))
+  (one,) = hqq.hqq(bits=3, group_size=8, scale_dtype="bfloat16")
+  m = model.Model(None, {"layers": {"0:1": {"mlp": {"up": {"kernel": w[None]}}}}})
+  leaf = one.apply(m, {}, KEY).leaf(ADDRESS)
+  assert leaf.scales.dtype == leaf.zeros.dtype == jnp.bfloat16 and leaf.dtype == jnp.float32
+  wide = grids.spread(grids.Grid(leaf.scales, leaf.zeros), group_size=8, rows=16)
+  np.testing.assert_array_equal(leaf.integers(), grids.round_to(w, wide, bits=3))
+
+
 def test_arguments_are_checked():
   with pytest.raises(ValueError, match=r"p=1.5: valid is above 0 up to 1"):
     hqq.hqq(p=1.5)
   with pytest.raises(ValueError, match=r"kappa=0.5.*kappa is 1 or more"):
     hqq.hqq(kappa=0.5)
+  with pytest.raises(ValueError, match="scale_dtype='e4m3fn': valid are float32, bfloat16, float1"):
+    hqq.hqq(scale_dtype="e4m3fn")
