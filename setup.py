@@ -71,6 +71,8 @@ EXTRAS = {
     "gguf==0.19.0",
     "logbar==0.4.15",
     "mergekit==0.1.5",
+    "mlx[cpu]==0.32.4",
+    "mlx-lm==0.32.2",
     "optimum==2.3.0",
     "peft==0.21.2",
     "pypcre==0.6.4",

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MLX directories: bytes as specified, codes back bit for bit, clear refusals.
 
-Once mlx 0.32.4 and mlx-lm 0.32.2, in an environment of their own, were given such directories:
-`mx.dequantize` gave the numbers of `weight` below for every width, `mlx_lm.load` read whole models
-(llama, qwen2; symmetric, asymmetric, mixed widths) and computed our logits, of deviation 1.1,
-within 5e-5; and what mlx-lm quantized itself opened here to the same.
+What MLX and mlx-lm make of such directories is in `tests/peers/mlx_test.py`.
 """
 
 import json
