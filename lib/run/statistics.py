@@ -7,6 +7,7 @@ drivers call the parts; `collect.evidence` calls the whole.
 
 import dataclasses
 import functools
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from treesurgeon import models, stats
 from treesurgeon.core import meshes, needs, paths, step
 from treesurgeon.core import model as model_lib
+from treesurgeon.models import taps
 from treesurgeon.run import activations
 
 Wanted = dict[tuple[str, str], list[str]]  # (need's fold, address) -> names of the needs
@@ -245,8 +247,26 @@ def layer_of(address: str) -> int:
   return int(parts[1]) if parts[0] == "layers" else -2 if parts[0] == "embed" else -1
 
 
+def expert_of(address: str) -> str | None:
+  """Return the address of the expert that a leaf belongs to.
+
+  Args:
+    address: a leaf's address.
+
+  Returns:
+    The address, or None.
+
+  Example:
+    >>> expert_of("layers/3/mlp/experts/5/up/kernel")
+    'layers/3/mlp/experts/5'
+  """
+  parts = address.split("/")
+  inside = parts[0] == "layers" and taps.expert_of("/".join(parts[2:])) is not None
+  return "/".join(parts[:5]) if inside else None
+
+
 def covered(want: Wanted, states: Mapping[int, Any]) -> dict[tuple[str, str], Any]:
-  """Look every wanted statistic up and refuse one that saw no token.
+  """Look every wanted statistic up and refuse one that saw no token, but for an expert's.
 
   Args:
     want: from `wanted`.
@@ -261,7 +281,8 @@ def covered(want: Wanted, states: Mapping[int, Any]) -> dict[tuple[str, str], An
   out = {}
   for fold, address in want:
     state = (states.get(layer_of(address)) or {}).get((fold, models.tap_of(address)))
-    if state is None or not float(state.count) > 0:
+    idle = expert_of(address) is not None  # it may be that no token goes there; see `remarks`
+    if state is None or not (idle or float(state.count) > 0):
       raise ValueError(
         f"{address}: the tap {models.tap_of(address)!r} collected nothing; the calibration "
         "text is empty or the layer never ran"
@@ -273,7 +294,7 @@ def covered(want: Wanted, states: Mapping[int, Any]) -> dict[tuple[str, str], An
 def remarks(
   wants: Mapping[str, needs.Statistic], evidence: Mapping[str, Any], told: set[str]
 ) -> dict[str, dict[str, int]]:
-  """Say what is odd about statistics, for the lineage; warn where tokens are too few.
+  """Say what is odd about statistics, for the lineage; warn where tokens are too few or none.
 
   Args:
     wants: needs by name, of the model's own statistics.
@@ -282,9 +303,10 @@ def remarks(
 
   Returns:
     "dead_inputs": by address, how many input features were never active; "rank_deficit": of how
-    much of its rank a second moment is short, because there were fewer tokens than features.
-    What is not there is left out.
+    much of its rank a second moment is short, because there were fewer tokens than features;
+    "idle_experts": experts to which no token went, each with 0. What is not there is left out.
   """
+  idle: dict[str, int] = {}
   dead: dict[str, int] = {}
   short: dict[str, int] = {}
   known: dict[int, tuple[int, int, int]] = {}
@@ -293,11 +315,16 @@ def remarks(
       if id(state) not in known:  # one for all kernels that a tap feeds
         known[id(state)] = _looked_at(state)
       silent, tokens, features = known[id(state)]
+      expert = expert_of(address)
+      if expert is not None and not tokens:
+        idle[expert] = 0
+        continue
       if silent:
         dead[address] = silent
       if tokens < features:
         short[address] = features - tokens
         tap = address if layer_of(address) < 0 else models.tap_of(address)
+        tap = re.sub(r"experts/\d+", "experts", tap)  # one warning for all, the notes name each
         if tap not in told:
           told.add(tap)
           warnings.warn(
@@ -305,7 +332,13 @@ def remarks(
             f"moment lacks at least {features - tokens} of its rank; more text would help",
             stacklevel=2,
           )
-  found = {"dead_inputs": dead, "rank_deficit": short}
+  if idle:
+    warnings.warn(
+      f"{', '.join(idle)} never fired on the calibration set, so nothing is known of what enters "
+      "them and their weights are changed without it; more, or more varied, text would help",
+      stacklevel=2,
+    )
+  found = {"idle_experts": idle, "dead_inputs": dead, "rank_deficit": short}
   return {k: v for k, v in found.items() if v}
 
 
@@ -498,7 +531,11 @@ def _noting(
 def _observer(
   pairs: tuple[tuple[str, str], ...], first: jax.Array, mask: Any
 ) -> Callable[[str, jax.Array], Any]:
+  gates: list[jax.Array] = []
+
   def observe(name: str, x: jax.Array) -> Any:
+    if name == taps.GATES:
+      gates.append(x)
     folds = [f for f, tap in pairs if tap == name]
     if not folds:
       return None
@@ -506,6 +543,9 @@ def _observer(
     numbers = first * (len(flat) // len(x)) + jnp.arange(len(flat), dtype=jnp.int32)
     if mask is not None:
       numbers = jnp.where(mask.reshape(-1) != 0, numbers, -1)
+    expert = taps.expert_of(name)
+    if expert is not None:  # only tokens that go there count
+      numbers = jnp.where(gates[-1][..., expert].reshape(-1) > 0, numbers, -1)
     empty = {f: stats.FOLDS[f].init(x.shape[-1]) for f in folds}
     return {f: stats.FOLDS[f].update(empty[f], flat, numbers) for f in folds}
 

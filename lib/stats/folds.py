@@ -54,8 +54,8 @@ class SecondMoment:
   count: Part
 
   def mean(self) -> Float[Array, "n n"]:
-    """Divide by the number of tokens."""
-    return self.moment / self.count
+    """Divide by the number of tokens; zeros where there were none."""
+    return self.moment / jnp.maximum(self.count, 1)
 
   def turned(self) -> "SecondMoment":
     """Return what it is of inputs turned as `leaves.Rotated` turns them."""
@@ -77,8 +77,8 @@ class PerFeature:
   count: Part
 
   def mean(self) -> Float[Array, " n"]:
-    """Divide by the number of tokens; for sums."""
-    return self.value / self.count
+    """Divide by the number of tokens; for sums. Zeros where there were none."""
+    return self.value / jnp.maximum(self.count, 1)
 
 
 @jax.tree_util.register_dataclass

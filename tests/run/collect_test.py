@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +58,30 @@ def test_statistics_are_those_of_a_whole_forward_pass(address):
   np.testing.assert_allclose(found["h"][address].moment, x.T @ x, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(found["top"][address].value, np.abs(x).max(0), rtol=1e-5)
   assert list(found["h"]) == [address]
+
+
+def test_an_expert_counts_the_tokens_that_go_to_it():
+  spec = dataclasses.replace(SPEC, num_experts=3, experts_per_token=2)
+  m, base = make(spec), "layers/1/mlp/experts/2"
+  folds = ("second_moment", "range", "samples")
+  wants = {fold: needs.Statistic(fold, f"{base}/(up|down)/kernel") for fold in folds}
+  tokens = np.concatenate(TEXT)
+  mask = (np.arange(6) < np.arange(1, 9)[:, None]).astype(np.int32)
+  batches = [{"tokens": tokens[i : i + 4], "mask": mask[i : i + 4]} for i in (0, 4)]
+  found = collect.evidence(needing(**wants), m, collect.Materials(batches=batches))
+  seen = jax.jit(
+    lambda: models.forward(spec, m.params, tokens, mask=mask, observe=lambda n, x: x).observed
+  )()
+  for name in ("up", "down"):
+    address = f"{base}/{name}/kernel"
+    x = np.asarray(seen[models.tap_of(address)][1], np.float64)
+    x = x[(np.asarray(seen["mlp/gates"][1])[..., 2] > 0) & (mask > 0)]
+    assert 0 < len(x) < mask.sum()
+    assert [int(found[f][address].count) for f in folds] == [len(x)] * 3
+    moment = found["second_moment"][address].moment
+    np.testing.assert_allclose(moment, x.T @ x, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found["range"][address].low, x.min(0), rtol=1e-4, atol=1e-7)
+    assert int(found["samples"][address].weights().sum()) == len(x)
 
 
 def test_statistics_of_the_head():

@@ -413,6 +413,53 @@ def test_dead_inputs_and_want_of_tokens_are_noted(driver):
   assert drivers.run((one,), make(), materials()).lineage[0].notes == {}
 
 
+def mixture():
+  """Make a mixture of experts, of which the second of layer 1 is never chosen."""
+  m = make(dataclasses.replace(SPEC, num_experts=3, experts_per_token=2))
+  router = "layers/1/mlp/router/kernel"
+  changes = {
+    # Every token has this channel, which speaks against the expert.
+    "embed/tokens/embedding": m.leaf("embed/tokens/embedding").at[:, 0].set(0.05),
+    router: m.leaf(router).at[0, 1].set(-100.0),
+  }
+  return m.update(changes)
+
+
+@pytest.mark.parametrize("driver", [drivers.run, drivers.run_blockwise])
+def test_an_expert_that_never_fires_is_named_and_rounded_plainly(driver):
+  m = mixture()
+  text = materials(batches=[np.random.default_rng(0).integers(0, 19, (16, 16))])
+  with pytest.warns(UserWarning) as told:
+    done = driver(registry.parse(GPTQ), m, text)
+  (told,) = [str(w.message) for w in told]
+  assert told.startswith("layers/1/mlp/experts/1 never fired on the calibration set")
+  assert done.lineage[-1].notes == {"idle_experts": {"layers/1/mlp/experts/1": 0}}
+  plain = drivers.run(registry.parse("compress.quantize.rtn(bits=3, group_size=8)"), m, text)
+  for address in m.addresses():
+    got, rounded = (leaves.dense(x.leaf(address)) for x in (done, plain))
+    assert np.isfinite(np.asarray(got)).all(), address
+    if "/experts/1/" in address and address.startswith("layers/1/"):
+      np.testing.assert_array_equal(got, rounded)
+  assert not leaves.is_leaf(done.leaf("layers/1/mlp/router/kernel"))
+  assert leaves.is_leaf(done.leaf("layers/1/mlp/experts/0/up/kernel"))
+
+
+@pytest.mark.parametrize(
+  "transform",
+  [
+    "compress.prune.wanda(sparsity=0.5)",
+    pytest.param("compress.prune.sparsegpt(sparsity=0.5)", marks=pytest.mark.slow),
+    pytest.param("compress.quantize.awq(bits=4, group_size=8)", marks=pytest.mark.slow),
+  ],
+)
+def test_an_expert_that_never_fires_leaves_weights_finite(transform):
+  text = materials(batches=[np.random.default_rng(0).integers(0, 19, (16, 16))])
+  with pytest.warns(UserWarning, match=r"layers/1/mlp/experts/1 never fired on the calibration"):
+    done = drivers.run_blockwise(registry.parse(transform), mixture(), text)
+  for address in done.addresses():
+    assert np.isfinite(np.asarray(leaves.dense(done.leaf(address)))).all(), address
+
+
 def test_blockwise_refuses_what_reaches_over_blocks():
   def same(w):
     return w
