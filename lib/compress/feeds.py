@@ -6,7 +6,8 @@ x can be divided beforehand depends on what makes it:
 
 * the gain (and bias) of a norm that nothing but these kernels reads: before attention and before
   the feed-forward block, with pre-norm and sandwich layers; one norm for both where it is shared.
-  Where the stream itself is read (OLMo2, BERT) there is none.
+  Where the stream itself is read (OLMo2, BERT) there is none, nor before a mixture of experts: the
+  router reads there too, and each expert has tokens of its own.
 * the columns of v, for attention is linear in its values; query heads that share a value head then
   share its scales.
 * the columns of up, where what lies between up and down is linear in it (gated) or lets positive
@@ -52,7 +53,7 @@ def of_layer(spec: Any, layer: int) -> tuple[Feed, ...]:
     layer: which layer.
 
   Returns:
-    At most one feed a tap: into q, k, v; into o; into gate, up; into down.
+    At most one feed a tap: into q, k, v; into o; into gate, up; into down, or each expert's.
 
   Example:
     >>> spec = models.Spec(vocab_size=5, d_model=4, num_layers=2, num_heads=1, d_ff=8)
@@ -75,17 +76,18 @@ def of_layer(spec: Any, layer: int) -> tuple[Feed, ...]:
     return (f"{name}/kernel", f"{name}/bias") if bias else (f"{name}/kernel",)
 
   before = spec.norm_place in ("pre", "sandwich")
-  if before:
+  if before and not (spec.shared_norm and spec.num_experts):
     both = into_attn + into_mlp if spec.shared_norm else into_attn
     found.append(Feed(both, norm("attn_norm"), True))
   heads, kv = (spec.per_layer(n)[layer] for n in ("num_heads", "num_kv_heads"))
   found.append(
     Feed(("attn/o/kernel",), linear("attn/v", spec.qkv_bias), False, heads=kv, groups=heads // kv)
   )
-  if before and not spec.shared_norm:
+  if before and not spec.shared_norm and not spec.num_experts:
     found.append(Feed(into_mlp, norm("mlp_norm"), True))
   if spec.gated or spec.activation == "relu":
-    found.append(Feed(("mlp/down/kernel",), linear("mlp/up", spec.mlp_bias), False))
+    for at in spec.feed_forwards():
+      found.append(Feed((f"{at}/down/kernel",), linear(f"{at}/up", spec.mlp_bias), False))
   return tuple(found)
 
 

@@ -174,6 +174,8 @@ def check(m: model_lib.Model) -> None:
       f"a norm {where} cannot be folded into the kernels behind it; valid: norm_place='pre' and no "
       "norm of the embeddings"
     )
+  if spec.num_experts:
+    raise ValueError(f"num_experts={spec.num_experts}: a stream that experts read is not turned")
   if spec.shortcuts:
     raise ValueError("a stream with shortcut matrices changes its basis already (SliceGPT)")
   if spec.mlm_head or spec.pooler:

@@ -2,6 +2,7 @@
 """Fit the linear layers of two networks' merge to both networks' features, in closed form."""
 
 import functools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -106,7 +107,7 @@ def layers(addresses: Iterable[str], how: How) -> list[Layer]:
   def place(one: Layer) -> tuple[int, int]:
     if one.index < 0:
       return (-1, 0) if one.tap == "embed/in" else (len(out), one.tap != "mlm_head/in")
-    return one.index, _ORDER.index(one.tap)
+    return one.index, _ORDER.index(re.sub(r"experts/\d+/", "", one.tap))
 
   return sorted(out, key=place)
 

@@ -4,7 +4,8 @@
 Derived from the architecture description as data: groups of axes that are permuted together. A
 unit may be a residual channel, a hidden unit of a feed-forward block (gate, up and down together),
 a key/value head with its query heads, a query head within its group, or a dimension within a head:
-of values always, of queries and keys where the rotary embedding leaves it alone. Heads nest, so an
+of values always, of queries and keys where the rotary embedding leaves it alone. The experts of a
+mixture keep their numbers, their hidden units need not. Heads nest, so an
 axis may be cut by several groups; the product of all of them is the network's symmetry group.
 
 Entezari et al., "The role of permutation invariance in linear mode connectivity", 2021 (arXiv
@@ -104,10 +105,13 @@ def _stream(spec: models.Spec, ends: list[units.Member]) -> units.Group:
   for i in range(spec.num_layers):
     at = f"layers/{i}"
     norms += [f"{at}/{n}_norm" for n in ("attn", "mlp", "post_attn", "post_mlp")]
-    read = ("attn/q", "attn/k", "attn/v", "mlp/gate", "mlp/up")
+    blocks = spec.feed_forwards()
+    read = ["attn/q", "attn/k", "attn/v", "mlp/router"]
+    read += [f"{b}/{n}" for b in blocks for n in ("gate", "up")]
+    write = ["attn/o", *(f"{b}/down" for b in blocks)]
     stream = stream + [units.Member(f"{at}/{n}/kernel", 0) for n in read]
-    stream += [units.Member(f"{at}/{n}/kernel", 1) for n in ("attn/o", "mlp/down")]
-    stream += [units.Member(f"{at}/{n}/bias", 0) for n in ("attn/o", "mlp/down")]
+    stream += [units.Member(f"{at}/{n}/kernel", 1) for n in write]
+    stream += [units.Member(f"{at}/{n}/bias", 0) for n in write]
   stream = stream + [units.Member(f"{n}/{leaf}", 0) for n in norms for leaf in ("scale", "bias")]
   last = spec.num_layers - 1
   taps = [*(("in", i, _ALL) for i in range(spec.num_layers)), ("out", last, _ALL)]
@@ -156,11 +160,15 @@ def _layers(spec: models.Spec) -> list[units.Group]:
 def _layer(spec: models.Spec, i: int) -> list[units.Group]:
   at = f"layers/{i}"
   heads, kv, width = (spec.per_layer(n)[i] for n in ("num_heads", "num_kv_heads", "d_ff"))
-  hidden = [units.Member(f"{at}/mlp/{n}/kernel", 1) for n in ("gate", "up")]
-  hidden += [units.Member(f"{at}/mlp/{n}/bias", 0) for n in ("gate", "up")]
-  hidden += [units.Member(f"{at}/mlp/down/kernel", 0)]
-  mlp = units.Group(f"{at}/mlp", width, tuple(hidden), taps=(("mlp/down/in", i, _ALL),))
-  return [mlp, *_heads(spec, f"{at}/attn", i, heads, kv)]
+  blocks = []
+  for name in spec.feed_forwards():
+    block = f"{at}/{name}"
+    hidden = [units.Member(f"{block}/{n}/kernel", 1) for n in ("gate", "up")]
+    hidden += [units.Member(f"{block}/{n}/bias", 0) for n in ("gate", "up")]
+    hidden += [units.Member(f"{block}/down/kernel", 0)]
+    taps = ((f"{name}/down/in", i, _ALL),)
+    blocks.append(units.Group(block, width, tuple(hidden), taps=taps))
+  return [*blocks, *_heads(spec, f"{at}/attn", i, heads, kv)]
 
 
 def _heads(spec: models.Spec, at: str, layer: int, heads: int, kv: int) -> list[units.Group]:

@@ -81,7 +81,9 @@ def widenable(spec: Any, *, residual: bool = True) -> tuple[units.Group, ...]:
   return tuple(
     g
     for g in groups
-    if g.name not in inner and not any(m.address.endswith("scale") for m in g.members)
+    if g.name not in inner
+    and "/experts/" not in g.name  # which are all of one width
+    and not any(m.address.endswith("scale") for m in g.members)
   )
 
 

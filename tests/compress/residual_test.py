@@ -88,6 +88,7 @@ def test_storage_dtypes_stay_and_shapes_are_known_beforehand():
     ({"norm_place": "post"}, "norm_place='post' cannot be folded"),
     ({"kind": "encoder", "embed_norm": True}, "a norm after the embeddings cannot be folded"),
     ({"norm": "layer", "final_norm": False}, "without a final norm"),
+    ({"num_experts": 2, "experts_per_token": 1}, "num_experts=2: a stream that experts read"),
     ({"kind": "encoder", "mlm_head": True}, "heads of an encoder"),
   ],
 )

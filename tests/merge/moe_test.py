@@ -129,6 +129,22 @@ def test_qwen_layouts(directories, tmp_path):
   assert "model.layers.0.mlp.experts.1.down_proj.weight" in out.addresses()
 
 
+@pytest.mark.parametrize(("base", "family"), [("base", "mixtral"), ("qwen", "qwen3_moe")])
+def test_a_mixture_of_equal_experts_opens_as_the_dense_model(directories, tmp_path, base, family):
+  document = configuration(
+    directories, base, base, base, base=base, gate_mode="random", experts_per_token=2
+  )
+  out = io.load(built(document, tmp_path / "out").directory)
+  dense = io.load(directories / base)
+  assert (out.spec.family, out.spec.num_experts, out.spec.experts_per_token) == (family, 3, 2)
+  tokens = encoded("a b c d e")
+  want, got = (models.forward(m.spec, m.params, tokens).logits for m in (dense, out))
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  if base == "base":
+    different = io.load(built(configuration(directories, "x", "y"), tmp_path / "two").directory)
+    assert np.isfinite(models.forward(different.spec, different.params, tokens).logits).all()
+
+
 def test_noise_residual_scale_and_dtype(directories, tmp_path):
   document = configuration(directories, "x", "y", gate_mode="uniform_random")
   document["experts"][0] |= {"residual_scale": 0.5}

@@ -26,6 +26,7 @@ TEXT = {
                        qk_norm="head"),
   "olmo2": models.Spec(**SMALL, num_heads=4, head_dim=4, num_kv_heads=2, qk_norm="full",
                        norm_place="post"),
+  "mixtral": models.Spec(**SMALL, num_heads=2, num_experts=3, experts_per_token=2),
   "bert": models.Spec(**SMALL, **BERT, num_heads=3, tied=True, pooler=True, activation="gelu"),
   "bert_untied": models.Spec(**SMALL, **BERT, num_heads=3),
   "uneven": models.Spec(**{**SMALL, "d_ff": (8, 10)}, num_heads=(2, 4), head_dim=4,

@@ -78,6 +78,8 @@ def check(m: model_lib.Model) -> None:
   """
   if not isinstance(m.spec, models.Spec):
     raise ValueError(f"units of a {type(m.spec).__name__} cannot be pruned; valid: a Spec")
+  if m.spec.num_experts:
+    raise ValueError(f"num_experts={m.spec.num_experts}: units of experts are not pruned")
   packed = [a for a, x in paths.walk(m.params).items() if leaves.is_leaf(x)]
   if packed:
     raise ValueError(f"{packed[0]} is compressed; prune structure before that")

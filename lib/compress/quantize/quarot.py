@@ -64,6 +64,8 @@ def start(
     raise ValueError(f"a {type(spec).__name__} cannot be turned; valid: a models.Spec")
   if "stream" in places:
     residual.check(m)
+  if "down" in places and spec.num_experts:
+    raise ValueError(f"num_experts={spec.num_experts}: what down reads in experts is not turned")
   packed = [a for a, x in paths.walk(m.params).items() if leaves.is_leaf(x)]
   if packed:
     raise ValueError(f"{packed[0]} is compressed; turn the network before that")

@@ -185,5 +185,8 @@ def test_what_cannot_be_cut_is_named():
   packed = rtn.rtn(bits=4)[0].apply(draw(), {}, jax.random.key(0))
   with pytest.raises(ValueError, match="compressed; prune structure before that"):
     drivers.run(minitron.minitron(d_ff=4), packed, GIVEN)
+  mixture = draw(dataclasses.replace(SPEC, num_experts=2, experts_per_token=1))
+  with pytest.raises(ValueError, match="num_experts=2: units of experts are not pruned"):
+    drivers.run(minitron.minitron(d_ff=4), mixture, GIVEN)
   with pytest.raises(ValueError, match="drop=3 of 3 layers; valid: 0 to 2"):
     drivers.run(shortgpt.shortgpt(drop=3), draw(), GIVEN)

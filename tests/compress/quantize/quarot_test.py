@@ -246,5 +246,8 @@ def test_what_cannot_be_turned_is_named():
   post = model.Model(dataclasses.replace(SPEC, norm_place="post", family="treesurgeon"), {})
   with pytest.raises(ValueError, match="norm_place='post' cannot be folded"):
     quarot.start(post, jax.random.key(0))
+  mixture = dataclasses.replace(SPEC, num_experts=2, experts_per_token=1)
+  with pytest.raises(ValueError, match="num_experts=2: what down reads in experts is not turned"):
+    quarot.start(model.Model(mixture, {}), jax.random.key(0), ("down",))
   with pytest.raises(ValueError, match="is compressed; "):
     quarot.start(rtn.rtn()[0].apply(planted(), {}, jax.random.key(0)), jax.random.key(0))

@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from treesurgeon import io
-from treesurgeon.core import leaves, paths
+from treesurgeon.core import leaves, paths, step
 from treesurgeon.core import model as model_lib
 from treesurgeon.io import export
 from treesurgeon.io import safetensors as ours
@@ -134,6 +134,30 @@ FORMS = {
   "mxfp4": {"bits": 4, "format": "e2m1", "scales": "float8_e8m0fnu"},
   "nvfp4": {"bits": 4, "format": "e2m1", "group": 16, "scales": "e4m3fn"},
 }
+
+
+@pytest.mark.parametrize(
+  ("config", "router", "kept"),
+  [
+    ({"model_type": "mixtral", "num_local_experts": 3}, "block_sparse_moe.gate", "w2"),
+    (
+      {"model_type": "qwen3_moe", "num_experts": 3, "moe_intermediate_size": 32},
+      "mlp.gate",
+      "down_proj",
+    ),
+  ],
+)
+def test_experts_are_layers_like_others_and_routers_stay(tmp_path, config, router, kept):
+  config = {**LLAMA, "num_experts_per_tok": 2, **config}
+  m = make(config, select=step.BLOCK_KERNELS, bits=4)
+  report, tensors, written_config = written(m, tmp_path)
+  assert written_config["ignore"] == [f"model.layers.{i}.{router}" for i in (0, 1)] + ["lm_head"]
+  assert report.layers == 2 * (4 + 3 * 3)
+  at = router.removesuffix("gate")
+  assert f"model.layers.1.{at}experts.2.{kept}.weight_packed" in tensors
+  again = io.load(tmp_path / "out")
+  assert again.spec == m.spec
+  same(again.params, m.params)
 
 
 @pytest.mark.parametrize("name", FORMS)
