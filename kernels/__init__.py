@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrix products over dense and compressed arrays, one folder an operation.
 
-A forward pass calls `kernels.matmul(x, leaf)` and never asks what the leaf is.
+A forward pass calls `kernels.matmul(x, leaf)` and never asks what the leaf is. On a TPU
+`kernels.prepare(params)` first arranges quantized kernels as the device reads them.
 """
 
 from treesurgeon.kernels.matmul.api import matmul as matmul
+from treesurgeon.kernels.matmul.prepared import prepare as prepare
+from treesurgeon.kernels.matmul.prepared import restore as restore
 
-__all__ = ["matmul"]
+__all__ = ["matmul", "prepare", "restore"]

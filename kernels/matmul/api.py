@@ -5,6 +5,7 @@ The choice of an implementation is static: it depends on the platform, shapes an
 format, never on values. A new backend adds one row to `IMPLEMENTATIONS`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from treesurgeon.core import hadamard, leaves
-from treesurgeon.kernels.matmul import reference, xla
+from treesurgeon.kernels.matmul import prepared, reference, tpu, xla
 
 
 class Implementation(NamedTuple):
@@ -32,6 +33,7 @@ class Implementation(NamedTuple):
 
 # In order of preference: the first that runs on the platform and supports the operands is chosen.
 IMPLEMENTATIONS = {
+  "tpu": Implementation(tpu.matmul, tpu.unsupported, ("tpu",)),
   "grouped": Implementation(xla.grouped, xla.unsupported_grouped, ("gpu", "tpu")),
   "chunked": Implementation(xla.chunked, xla.unsupported_chunked, ("cpu",)),
   "reference": Implementation(reference.matmul, lambda x, leaf: "", ("cpu", "gpu", "tpu")),
@@ -75,7 +77,7 @@ def matmul(
       f"matmul: x of shape {x.shape} does not fit a {type(leaf).__name__} of shape {leaf.shape}; "
       "the leaf must be one (rows, cols) matrix (vmap over more) and x end in its rows"
     )
-  return _product(x, leaf, implementation).astype(x.dtype)
+  return _product(x, leaf, implementation, x.dtype).astype(x.dtype)
 
 
 def supported(x: Float[Array, "*batch rows"], leaf: Any) -> list[str]:
@@ -96,8 +98,10 @@ def supported(x: Float[Array, "*batch rows"], leaf: Any) -> list[str]:
   return [name for name, i in IMPLEMENTATIONS.items() if not i.unsupported(x, leaf)]
 
 
-def _product(x: jax.Array, leaf: Any, implementation: str | None) -> jax.Array:
-  """Multiply and return float32."""
+def _product(
+  x: jax.Array, leaf: Any, implementation: str | None, dtype: Any = jnp.float32
+) -> jax.Array:
+  """Multiply and return float32; a single kernel may write the dtype that is wanted in the end."""
   if isinstance(leaf, leaves.Sum):
     total = _product(x, leaf.parts[0], implementation)
     for part in leaf.parts[1:]:
@@ -119,6 +123,14 @@ def _product(x: jax.Array, leaf: Any, implementation: str | None) -> jax.Array:
     return first + _product(x[..., few:], leaf.rest, implementation)
   if not leaves.is_leaf(leaf):
     return reference.dot(x, jnp.asarray(leaf).astype(x.dtype))
+  if isinstance(leaf, prepared.PreparedTensor) and implementation in (None, "tpu"):
+    kernel = functools.partial(tpu.matmul, dtype=dtype)
+    if not tpu.unsupported(x, leaf) and implementation == "tpu":
+      return kernel(x, leaf)
+    if not tpu.unsupported(x, leaf):
+      # Decided when the program is lowered, so that one compiled ahead for a TPU has the kernel.
+      other = lambda x, leaf: reference.matmul(x, leaf).astype(dtype)
+      return jax.lax.platform_dependent(x, leaf, tpu=kernel, default=other)
   if implementation is None:
     platform = _platform()
     usable = [n for n in supported(x, leaf) if platform in IMPLEMENTATIONS[n].platforms]

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named operands that tests and benchmarks share."""
+"""Named operands that tests and benchmarks share, and programs to compile ahead of time."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from treesurgeon.core import leaves, packing
+from treesurgeon.core import formats, leaves, packing
+from treesurgeon.kernels.matmul import api, prepared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,3 +81,58 @@ def operands(spec: ArgSpec, key: jax.Array) -> tuple[jax.Array, leaves.Quantized
     rows=spec.rows, cols=spec.cols, bits=spec.bits, group_size=spec.group_size,
   )  # fmt: skip
   return jax.random.normal(kx, (spec.tokens, spec.rows), jnp.dtype(spec.dtype)), leaf
+
+
+def quantized(spec: ArgSpec, format: str = "int") -> leaves.QuantizedTensor:
+  """Describe a quantized matrix without making one.
+
+  Args:
+    spec: shapes and bits.
+    format: "int", "ternary" or "sign".
+
+  Returns:
+    A leaf of `jax.ShapeDtypeStruct`.
+
+  Example:
+    >>> quantized(ArgSpec(1, 256, 8)).codes.shape
+    (128, 8)
+  """
+  packed = packing.packed_rows(spec.rows, spec.bits)
+  if format == "ternary":
+    packed = -(-spec.rows // formats.TRITS)
+  per_group = (-(-spec.rows // spec.group_size), spec.cols)
+  zeros = None if spec.symmetric else jax.ShapeDtypeStruct(per_group, jnp.uint8)
+  return leaves.QuantizedTensor(
+    jax.ShapeDtypeStruct((packed, spec.cols), jnp.uint8),
+    jax.ShapeDtypeStruct(per_group, jnp.float32), zeros, None, rows=spec.rows, cols=spec.cols,
+    bits=spec.bits, group_size=spec.group_size, format=format,
+  )  # fmt: skip
+
+
+def product(
+  format: str, tokens: int, rows: int, cols: int, group_size: int, target: str, **more: Any
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+  """Describe a product for `static_cost`: activations in bfloat16 by a matrix as a device has it.
+
+  Args:
+    format: "bf16", "int1" to "int8", "ternary" or "sign".
+    tokens, rows, cols: the product is (tokens, rows) @ (rows, cols).
+    group_size: rows of a group.
+    target: name of the device.
+    **more: further fields of `ArgSpec`.
+
+  Returns:
+    (function, shapes of its arguments).
+
+  Example:
+    >>> product("int4", 1, 256, 8, 128, "tpu-v5e")[1][1].codes.shape
+    (64, 8)
+  """
+  x = jax.ShapeDtypeStruct((tokens, rows), jnp.bfloat16)
+  if format == "bf16":
+    return api.matmul, (x, jax.ShapeDtypeStruct((rows, cols), jnp.bfloat16))
+  name = format if format in prepared.LINEAR else "int"
+  bits = {"ternary": 2, "sign": 1}.get(format) or int(format.removeprefix("int"))
+  spec = ArgSpec(tokens, rows, cols, bits, group_size, dtype="bfloat16", **more)
+  leaf = jax.eval_shape(lambda w: prepared.prepare(w, target=target), quantized(spec, name))
+  return api.matmul, (x, leaf)

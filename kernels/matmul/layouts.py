@@ -9,8 +9,8 @@ any to any, exactly.
 * `native`: signed `jnp.int4` (up to 4 bits) or `jnp.int8`, code minus 2**(bits - 1): what XLA
   and Mosaic GPU load without unpacking.
 * `u8gs`: 4 bits; byte r of pair i holds row r of group 2i (low) and of group 2i + 1 (high).
-* `gs32`: 1, 2 or 4 bits, groups of 128. Word [64 i + r] holds, for group `i n + j` with
-  n = 16 / bits, row 2r at bit `bits j` and row 2r + 1 at bit `16 + bits j`: a shift, a mask and
+* `gs32`: 1 to 5 bits, units of 128 rows. Word [64 i + r] holds, for unit `i n + j` with
+  n = 16 // bits, row 2r at bit `bits j` and row 2r + 1 at bit `16 + bits j`: a shift, a mask and
   an `or` make two bfloat16 `128 + code` lie side by side.
 """
 
@@ -23,7 +23,7 @@ from jaxtyping import Array, UInt8
 
 from treesurgeon.core import packing
 
-GROUP = 128  # rows of a gs32 group
+GROUP = 128  # rows of a gs32 unit
 
 
 class Layout(NamedTuple):
@@ -166,7 +166,7 @@ LAYOUTS = {
   ),
   "native": Layout(_to_native, _from_native, tuple(range(1, 9))),
   "u8gs": Layout(_to_u8gs, _from_u8gs, (4,)),
-  "gs32": Layout(_to_gs32, _from_gs32, (1, 2, 4)),
+  "gs32": Layout(_to_gs32, _from_gs32, (1, 2, 3, 4, 5)),
 }
 
 

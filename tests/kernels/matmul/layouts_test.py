@@ -15,7 +15,7 @@ def draw(rows, bits, cols=3):
 
 
 @pytest.mark.parametrize("rows", [128, 512, 300])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
 def test_any_to_any_round_trips(bits, rows):
   codes = draw(rows, bits)
   names = [n for n, layout in layouts.LAYOUTS.items() if bits in layout.widths]
@@ -29,7 +29,7 @@ def test_any_to_any_round_trips(bits, rows):
     np.testing.assert_array_equal(decoded, codes)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_gs32_words(bits):
   n = 16 // bits
   codes = draw(128 * n, bits).astype(np.int64)

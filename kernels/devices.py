@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The accelerators that kernels are written for: what they are called and what they can do."""
+
+import dataclasses
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """One kind of TPU chip; on tpu7x, which shows its two cores apart, one core.
+
+  Clocks are not published. These reproduce the published peak of a dense product within 3 to 13 %
+  when the compiler's cycles are counted (docs/results/kernels.md), so they are assumptions that
+  every microsecond stated for a chip shares, the dense product's too.
+
+  Attributes:
+    kind: what `jax.Device.device_kind` says.
+    topology: smallest one that every libtpu compiles for ahead of time.
+    clock_mhz: of the TensorCore, assumed.
+    bandwidth: of the memory, bytes a microsecond.
+    depth: rows of the matrix unit.
+    converts: whether small integers become bfloat16 in few instructions, and bfloat16 is computed
+      with; before, both go through float32.
+  """
+
+  kind: str
+  topology: str
+  clock_mhz: float
+  bandwidth: float
+  depth: int
+  converts: bool
+
+
+DEVICES = {
+  "tpu-v5e": Device("TPU v5 lite", "v5e:2x2", 1500.0, 819e3, 128, False),
+  "tpu-v5p": Device("TPU v5", "v5p:2x2x1", 1750.0, 2765e3, 128, False),
+  "tpu-v6e": Device("TPU v6 lite", "v6e:2x2", 1750.0, 1640e3, 256, True),
+  "tpu7x": Device("TPU7x", "tpu7x:2x2x1", 2200.0, 3690e3, 256, True),
+}
+
+
+def find(target: str) -> Device:
+  """Look a device up.
+
+  Args:
+    target: name from `DEVICES`.
+
+  Returns:
+    The device.
+
+  Raises:
+    ValueError: naming those there are.
+
+  Example:
+    >>> find("tpu-v6e").kind
+    'TPU v6 lite'
+  """
+  if target not in DEVICES:
+    raise ValueError(f"target={target!r} is unknown; known are {', '.join(DEVICES)}")
+  return DEVICES[target]
+
+
+def here() -> str | None:
+  """Name the device this process computes on, or None if no kernel was written for it.
+
+  Returns:
+    A name from `DEVICES`, or None.
+
+  Example:
+    >>> here() in (None, *DEVICES)
+    True
+  """
+  kind = jax.devices()[0].device_kind
+  return next((name for name, device in DEVICES.items() if device.kind == kind), None)
