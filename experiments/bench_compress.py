@@ -33,7 +33,7 @@ from absl import app, flags
 from rich import console, table
 
 from treesurgeon import io, models, registry
-from treesurgeon.core import leaves
+from treesurgeon.core import allocator, leaves
 from treesurgeon.core import model as model_lib
 from treesurgeon.experiments import bench_core, bench_merge
 from treesurgeon.io import cache, export
@@ -110,6 +110,7 @@ def ours(expression: str, model: str, tokens: str, out: str) -> None:
       spent["programs"] += "backend_compile" in event
 
   cache.keep_programs()
+  allocator.keep_pages()
   jax.monitoring.register_event_duration_secs_listener(listen)
   rows = np.load(tokens)
   batches = [rows[i : i + 8] for i in range(0, len(rows), 8)]

@@ -67,6 +67,7 @@ def run(argv: list[str]) -> int:
     positional = _parse(values, command, rest)
     if "jax" in sys.modules:
       importlib.import_module("treesurgeon.io.cache").keep_programs()
+      importlib.import_module("treesurgeon.core.allocator").keep_pages()
     with warnings.catch_warnings():
       warnings.showwarning = functools.partial(_warn, warnings.showwarning)
       module.run(values, positional)

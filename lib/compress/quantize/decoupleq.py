@@ -82,7 +82,7 @@ def quantize(
   store = jnp.dtype(scale_dtype or w.dtype)
   exact, h = rounding.without_dead(w.astype(jnp.float32), h.astype(jnp.float32))
   order = jnp.argsort(-jnp.diag(h), stable=True)
-  ratios = rounding.ratios(h[order][:, order], damping)
+  ratios = rounding.ratios(h[order[:, None], order[None]], damping)
   h = h + damping * jnp.diag(h).mean() * jnp.eye(len(h))
   rule = rounding.by_groups(order // group_size, {"bits": bits})
 

@@ -92,7 +92,7 @@ def quantize(
   order = jnp.arange(rows)
   if act_order:
     order = jnp.argsort(-jnp.diag(h), stable=True)
-    w, h = w[order], h[order][:, order]
+    w, h = w[order], h[order[:, None], order[None]]
   ratios = rounding.ratios(h, damping)
   form = {"bits": bits, "format": format}
   if scales == "static" or group_size >= rows:

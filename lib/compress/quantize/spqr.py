@@ -100,7 +100,7 @@ def quantize(
   rows, cols = w.shape
   exact, h = rounding.without_dead(w.astype(jnp.float32), h.astype(jnp.float32))
   order = jnp.argsort(-jnp.diag(h), stable=True)
-  h = h[order][:, order]
+  h = h[order[:, None], order[None]]
   low, _ = linalg.damped_cholesky(h[::-1, ::-1], damping)
   importance = (jnp.diag(low)[::-1] ** 2)[jnp.argsort(order)]  # R_jj = 1 / U_jj
   score = scores(exact, importance, bits=bits, group_size=group_size)

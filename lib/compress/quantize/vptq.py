@@ -70,7 +70,7 @@ def quantize(
   alive, h = rounding.without_dead(w.astype(jnp.float32), h.astype(jnp.float32))
   vectors = jnp.pad(alive[order][few:], [(0, 0), (0, -cols % length)])
   across = vectors.shape[1] // length
-  ratios = rounding.ratios(h[order][:, order][few:, few:], damping)
+  ratios = rounding.ratios(h[order[few:, None], order[None, few:]], damping)
   weights = jnp.repeat(jnp.where(active.max() > 0, active[order], 1.0)[few:], across)
 
   def table(x: jax.Array, k: int, salt: int) -> jax.Array:
