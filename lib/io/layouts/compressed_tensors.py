@@ -47,6 +47,10 @@ _SEVERAL = (
   "transformers 5.23 with dequantize=True takes the first group's scheme for every layer, and this "
   "model has several: use vLLM, or quantize all layers alike or symmetrically"
 )
+_EXPERTS = (
+  "transformers 5.23 takes one scheme for all experts, and here they differ, so that its result "
+  "would be wrong; vLLM wants those of a layer alike"
+)
 _FP4 = "NVFP4, MXFP4, MXFP8: transformers on a CPU needs dtype=torch.bfloat16 or dequantize=True"
 # What vLLM runs as one matrix.
 _SHARDS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -293,7 +297,8 @@ def _inputs(leaf: leaves.ActivationQuantized, kind: str, where: str) -> dict[str
 
 def _targets(names: list[str], found: Mapping[str, Any]) -> list[str]:
   """Write regular expressions that match these layers and no others."""
-  layer = re.compile(r"(?:.*\.)?(\w+)\.(\d+)\.(.+)")
+  layer = re.compile(r"(?:.*?\.)?(\w+)\.(\d+)\.(.+)")
+  expert = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
   kinds: dict[tuple[str, str], list[int]] = defaultdict(list)
   out = []
   for name in names:
@@ -303,11 +308,23 @@ def _targets(names: list[str], found: Mapping[str, Any]) -> list[str]:
     else:
       out.append(f"re:{re.escape(name)}$")
   everywhere = [m for m in map(layer.fullmatch, found) if m]
+  inside = [m for m in (expert.fullmatch(m[3]) for m in everywhere) if m]
+  experts: dict[tuple[str, str, str], list[int]] = defaultdict(list)
   for (stack, kind), which in kinds.items():
-    all_of = [m for m in everywhere if (m[1], m[3]) == (stack, kind)]
-    numbers = r"\d+" if len(which) == len(all_of) else f"(?:{'|'.join(map(str, which))})"
-    out.append(rf"re:(?:.*\.)?{stack}\.{numbers}\.{re.escape(kind)}$")
+    at = rf"{stack}\.{_numbers(which, [m[2] for m in everywhere if (m[1], m[3]) == (stack, kind)])}"
+    match = expert.fullmatch(kind)
+    if match:
+      experts[at, match[1], match[3]].append(int(match[2]))
+    else:
+      out.append(rf"re:(?:.*\.)?{at}\.{re.escape(kind)}$")
+  for (at, head, tail), which in experts.items():
+    numbers = _numbers(which, [m[2] for m in inside if (m[1], m[3]) == (head, tail)])
+    out.append(rf"re:(?:.*\.)?{at}\.{re.escape(head)}\.{numbers}\.{re.escape(tail)}$")
   return out
+
+
+def _numbers(which: list[int], of: list[str]) -> str:
+  return r"\d+" if len(which) == len(set(of)) else f"(?:{'|'.join(map(str, which))})"
 
 
 def _notes(schemes: list[dict[str, Any]], groups: Any, dense: Sequence[str]) -> tuple[str, ...]:
@@ -318,6 +335,8 @@ def _notes(schemes: list[dict[str, Any]], groups: Any, dense: Sequence[str]) -> 
   if any(s["format"].startswith(("mxfp", "nvfp")) for s in schemes):
     notes.append(_FP4)
   owner = {name: i for i, names in enumerate(groups) for name in names} | dict.fromkeys(dense, -1)
+  if len({i for name, i in owner.items() if ".experts." in name}) > 1:
+    notes.append(_EXPERTS)
   for name in owner:
     stem, _, last = name.rpartition(".")
     for shards in _SHARDS:

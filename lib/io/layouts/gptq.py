@@ -74,6 +74,11 @@ def plan(
         layer, leaf, f"a {name} directory has one group size, here {size}; {_ELSE}"
       )
   notes = ["scales are stored in float16"]
+  if any(".experts." in layer for layer in chosen):
+    notes.append(
+      f"transformers 5.23 does not read experts of a {name} directory; those of "
+      "--format=compressed-tensors it does"
+    )
   if name == "awq":
     out = {n: leaf for n, (m, leaf) in found.items() if m.linear and n not in chosen}
     config = {
@@ -283,7 +288,7 @@ def _some(found: Mapping[str, tuple[modules.Module, Any]], chosen: Mapping[str, 
   """List the kinds of layers that are compressed; None if all layers of the blocks are."""
   kinds: dict[str, set[bool]] = {}
   for name in found:
-    match = re.fullmatch(r".*\.\d+\.(.+)", name)
+    match = re.fullmatch(r".*?\.\d+\.(.+)", name)
     if match:
       kinds.setdefault(match[1], set()).add(name in chosen)
   mixed = [k for k, held in kinds.items() if len(held) > 1]

@@ -91,6 +91,19 @@ def same(a, b):
     assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
+def check_targets(spec, config, wide):
+  """Holds that each layer that is not ignored has one group, those of `wide` one of 8 bits."""
+  every = [e.name.removesuffix(".weight") for e in hf.entries(spec) if e.kind == "transpose"]
+  found = {}
+  for group in config["config_groups"].values():
+    for name in every:
+      if any(re.match(t.removeprefix("re:"), name) for t in group["targets"]):
+        assert name not in found
+        found[name] = group["weights"]["num_bits"]
+  assert {n for n, b in found.items() if b == 8} == wide
+  assert set(found) == set(every) - set(config["ignore"])
+
+
 def bits_of(words, bits, count):
   """Reads codes off a row of words, by the definition of a little-endian bitstream."""
   stream = int.from_bytes(np.ascontiguousarray(words, "<i4").tobytes(), "little")
@@ -158,6 +171,17 @@ def test_experts_are_layers_like_others_and_routers_stay(tmp_path, config, route
   again = io.load(tmp_path / "out")
   assert again.spec == m.spec
   same(again.params, m.params)
+  assert not report.notes
+  # An expert of one layer differs: its number in the layer above means another.
+  odd = f"layers/1/{m.spec.feed_forwards()[2]}/down/kernel"
+  m = m.update({odd: leaf(np.random.default_rng(1), *m.leaf(odd).shape, bits=8)})
+  export.to_layout(m, tmp_path / "mixed", layout=CT)
+  same(io.load(tmp_path / "mixed").params, m.params)
+  config = json.loads((tmp_path / "mixed" / "config.json").read_text())["quantization_config"]
+  (name,) = (e.name for e in hf.entries(m.spec) if e.address == (odd,))
+  check_targets(m.spec, config, {name.removesuffix(".weight")})
+  (note,) = export.to_layout(m, tmp_path / "mixed", layout=CT, overwrite=True).notes
+  assert note.startswith("transformers 5.23 takes one scheme for all experts")
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -231,16 +255,8 @@ def test_mixed_widths_have_targets_of_their_own(tmp_path):
   m = m.update({dense: jnp.ones(hf.address_shape(spec, dense))})
   report, _, config = written(m, tmp_path)
   assert config["ignore"] == ["model.layers.1.self_attn.k_proj"]
-  every = [e.name.removesuffix(".weight") for e in hf.entries(spec) if e.kind == "transpose"]
-  found = {}
-  for group in config["config_groups"].values():
-    for name in every:
-      if any(re.match(t.removeprefix("re:"), name) for t in group["targets"]):
-        assert name not in found
-        found[name] = group["weights"]["num_bits"]
   names = {"model.layers.1.mlp.down_proj", "model.layers.0.mlp.up_proj", "lm_head"}
-  assert {n for n, b in found.items() if b == 8} == names
-  assert len(found) == len(every) - 1
+  check_targets(spec, config, names)
   assert "vLLM runs gate_proj, up_proj as one" in " ".join(report.notes)
   same(io.load(tmp_path / "out").params, m.params)
 

@@ -148,6 +148,17 @@ def test_some_kinds_of_layers(tmp_path):
   same(io.load(tmp_path / "out").params, m.params)
 
 
+def test_experts_are_layers_like_others(tmp_path):
+  config = {**LLAMA, "model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
+  m = make(config, select=r"layers/.*(attn|experts)/.*kernel")
+  report = export.to_layout(m, tmp_path / "out", layout="gptq")
+  assert "transformers 5.23 does not read experts of a gptq directory" in " ".join(report.notes)
+  written_config = json.loads((tmp_path / "out" / "config.json").read_text())
+  ((*kinds,),) = written_config["quantization_config"]["modules_in_block_to_quantize"]
+  assert len(kinds) == 4 + 2 * 3 and "block_sparse_moe.experts.1.w2" in kinds
+  same(io.load(tmp_path / "out").params, m.params)
+
+
 def test_scales_are_rounded_to_float16(tmp_path):
   m = make(select=r"layers/.*mlp.*kernel")
   q = m.leaf(UP)
