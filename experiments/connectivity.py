@@ -14,8 +14,6 @@ import jax
 import matplotlib.figure
 import numpy as np
 import optax
-from absl import app, flags, logging
-from ml_collections import config_flags
 from rich import console
 from rich import table as table_lib
 
@@ -23,6 +21,7 @@ from treesurgeon import models, registry
 from treesurgeon.core import model as model_lib
 from treesurgeon.core import needs
 from treesurgeon.evaluate import connectivity
+from treesurgeon.experiments import launch
 from treesurgeon.train import tasks
 
 Settings = Mapping[str, Any]
@@ -48,25 +47,22 @@ def value(terms: Sequence[tuple[float, str, str, str]], results: Mapping[str, Nu
   return sum(c * results[cell][arm][quantity] for c, cell, arm, quantity in terms)
 
 
-def main(argv: list[str]) -> None:
+def main(config: Settings, workdir: pathlib.Path) -> None:
   """Run every seed's cells, then print and keep numbers and verdicts.
 
   Args:
-    argv: no positional arguments.
+    config: see `configs/connectivity.py`.
+    workdir: where numbers, plots and verdicts are kept.
   """
-  del argv
-  logging.set_verbosity(logging.WARNING)
-  config, workdir = flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
   runs = []
-  for seed in config.seeds:
+  for seed in config["seeds"]:
     results = {}
-    for name in config.order:
+    for name in config["order"]:
       print(f"\nseed {seed}, {name}", flush=True)
-      results[name] = run(config.cells[name].to_dict(), seed, workdir / f"{name} {seed}.png")
+      results[name] = run(config["cells"][name], seed, workdir / f"{name} {seed}.png")
     runs.append(results)
     (workdir / "results.json").write_text(json.dumps(runs, indent=1) + "\n")
-  claims = {c: [value(t, r) for r in runs] for c, t in config.claims}
+  claims = {c: [value(t, r) for r in runs] for c, t in config["claims"]}
   out = table_lib.Table(box=None)
   for column in ("claim", "by seed (below 0 holds)", "verdict"):
     out.add_column(column)
@@ -215,7 +211,4 @@ def _text(settings: Settings, seed: int) -> tuple[Any, list[Any], list[Any], lis
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
-  flags.DEFINE_string("workdir", None, "Where to keep numbers, plots and verdicts.")
-  flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  launch.run(main)

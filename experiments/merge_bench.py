@@ -21,30 +21,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from absl import app, flags, logging
-from ml_collections import config_flags
 
 from treesurgeon import models, registry
 from treesurgeon.core import model as model_lib
 from treesurgeon.core import paths, step
 from treesurgeon.evaluate import merge_bench
-from treesurgeon.experiments import merge_suites, merge_tables
+from treesurgeon.experiments import launch, merge_suites, merge_tables
 from treesurgeon.run import collect, drivers
 from treesurgeon.train import loop
 
 Settings = Mapping[str, Any]
 
 
-def main(argv: list[str]) -> None:
+def main(config: Settings, workdir: pathlib.Path) -> None:
   """Run every cell for every seed that is not finished, then write the report.
 
   Args:
-    argv: no positional arguments.
+    config: see `configs/merge_bench.py`.
+    workdir: where models and results are kept.
   """
-  del argv
-  logging.set_verbosity(logging.WARNING)
-  config, workdir = flags.FLAGS.config.to_dict(), pathlib.Path(flags.FLAGS.workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
   results = []
   for cell in config["order"]:
     for seed in config["seeds"]:
@@ -241,7 +236,4 @@ def _write(path: pathlib.Path, value: Any) -> None:
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file("config", None, "The benchmark.", lock_config=True)
-  flags.DEFINE_string("workdir", None, "Where to keep models and results.")
-  flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  launch.run(main)

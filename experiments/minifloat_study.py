@@ -14,33 +14,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_flags
 
 from treesurgeon import models, registry
 from treesurgeon.compress.quantize import minifloat
 from treesurgeon.core import leaves
 from treesurgeon.core import model as model_lib
-from treesurgeon.experiments import minifloat_tables
+from treesurgeon.experiments import launch, minifloat_tables, small_decoder
 from treesurgeon.run import collect, drivers
-from treesurgeon.train import loop, tasks
 
-TEXTS = ("prose", "code")
 KEY = jax.random.key(0)
 Settings = Mapping[str, Any]
 Format = tuple[int, str]  # width, name
 
 
-def main(argv: list[str]) -> None:
+def main(config: Settings, workdir: pathlib.Path) -> None:
   """Train, try every pair of formats and every recipe, write numbers, tables and the figure.
 
   Args:
-    argv: no positional arguments.
+    config: see `configs/minifloat.py`.
+    workdir: where they go.
   """
-  del argv
-  logging.set_verbosity(logging.WARNING)
-  config, workdir = flags.FLAGS.config.to_dict(), pathlib.Path(flags.FLAGS.workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
   found = measure(config)
   (workdir / "results.json").write_text(json.dumps(found) + "\n")
   minifloat_tables.write(workdir, found)
@@ -50,20 +43,10 @@ class Bench:
   """A trained network, what it is calibrated on, and what judges it."""
 
   def __init__(self, config: Settings):
-    length, batch, seed = config["length"], config["batch"], config["seed"]
-    named = {t: tasks.build(t, length=length, items=config["test"], seed=seed) for t in TEXTS}
-    spec = models.Spec(vocab_size=tasks.VOCABULARY, max_positions=length, **config["spec"])
-    feed = tasks.batches({t: (task, 1.0) for t, task in named.items()}, batch=batch, seed=seed)
-    fresh = model_lib.Model(spec, models.init(spec, jax.random.key(seed)))
-    optimizer = {"lr": config["rate"], "warmup": config["steps"] // 10}
-    done = loop.fit(fresh, feed, steps=config["steps"], optimizer=optimizer, log_every=100)
-    self.model = model_lib.Model(spec, done.params)
-    self.batches = [
-      rows
-      for task in named.values()
-      for rows in _spread(task.train["tokens"], config["calibration"] // 2, batch)
-    ]
-    self.tokens = np.concatenate([t.test["tokens"] for t in named.values()])
+    trained = small_decoder.train(config, config["seed"])
+    self.model = trained.model
+    self.batches = trained.sets[0] + trained.sets[1]
+    self.tokens = np.concatenate([rows["tokens"] for rows in trained.tests])
 
   def rounded(self, m: model_lib.Model, expression: str) -> model_lib.Model:
     """Apply a transform and make kernels dense: what follows then compiles once for all."""
@@ -164,11 +147,6 @@ def _joined(frame: model_lib.Model, made: model_lib.Model) -> model_lib.Model:
   return made.replace(params=leaves.map_leaves(join, frame.params, made.params))
 
 
-def _spread(rows: np.ndarray, count: int, batch: int) -> list[np.ndarray]:
-  keep = rows[np.linspace(0, len(rows) - 1, count).astype(int), :-1]
-  return [keep[i : i + batch] for i in range(0, count, batch)]
-
-
 def _ranges(m: model_lib.Model, batches: Sequence[np.ndarray]) -> Mapping[str, Any]:
   (one,) = registry.parse("compress.quantize.activations(per='tensor', static=True)")
   return dict(collect.evidence(one, m, collect.Materials(batches=batches))["inputs"])
@@ -187,7 +165,4 @@ def _losses(spec: Any) -> Any:
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
-  flags.DEFINE_string("workdir", None, "Where to keep numbers, tables and the figure.")
-  flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  launch.run(main)

@@ -4,46 +4,21 @@
 python -P -m treesurgeon.experiments.prune_directions --config=configs/prune.py --workdir=DIR
 """
 
+import functools
 import itertools
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_flags
 
 from treesurgeon import registry
 from treesurgeon.core import leaves
 from treesurgeon.core import model as model_lib
-from treesurgeon.experiments import small_decoder
+from treesurgeon.experiments import launch, small_decoder
 from treesurgeon.run import collect, drivers
-
-
-def main(argv: list[str]) -> None:
-  """Run every seed, then print and keep numbers and verdicts.
-
-  Args:
-    argv: no positional arguments.
-  """
-  del argv
-  logging.set_verbosity(logging.WARNING)
-  config, workdir = flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
-  runs = []
-  for seed in config.seeds:
-    runs.append(measure(config.to_dict(), seed))
-    (workdir / "results.json").write_text(json.dumps(runs, indent=1) + "\n")
-  rows = [(n, q) for n, found in runs[0].items() for q in found]
-  small_decoder.show(
-    ("arm", "", "by seed"), [(n, q, [r[n][q] for r in runs]) for n, q in rows], "{:.4f}"
-  )
-  verdicts = small_decoder.verdicts(runs, config.claims)
-  small_decoder.show(("claim", "verdict", "by seed (below 0 holds)"), verdicts, "{:+.4f}")
-  (workdir / "claims.json").write_text(json.dumps(verdicts, indent=1) + "\n")
 
 
 def measure(config: Mapping[str, Any], seed: int) -> small_decoder.Numbers:
@@ -119,7 +94,4 @@ def _error(w: jax.Array, pruned: jax.Array, h: jax.Array) -> jax.Array:
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
-  flags.DEFINE_string("workdir", None, "Where to keep numbers and verdicts.")
-  flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  launch.run(functools.partial(small_decoder.study, measure))

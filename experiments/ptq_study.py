@@ -21,29 +21,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import logging
 
 from treesurgeon import registry
 from treesurgeon.core import leaves, needs, paths, step
 from treesurgeon.core import model as model_lib
 from treesurgeon.evaluate import bootstrap
-from treesurgeon.experiments import ptq_edits, ptq_models, ptq_tables
+from treesurgeon.experiments import launch, ptq_edits, ptq_models, ptq_tables
 from treesurgeon.run import collect, drivers, statistics
 
 Cell = dict[str, Any]
 
 
-def main(argv: list[str]) -> None:
+def main(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
   """Run every cell that is not finished, then write the report.
 
   Args:
-    argv: no positional arguments.
+    config: see `configs/ptq_study.py`.
+    workdir: where networks and results are kept.
   """
-  del argv
-  logging.set_verbosity(logging.WARNING)
-  config, workdir = flags.FLAGS.config.to_dict(), pathlib.Path(flags.FLAGS.workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
   wanted = cells(config)
   for cell in wanted:
     registry.parse(cell["transform"])
@@ -273,7 +269,4 @@ def _error(w: jax.Array, made: jax.Array, h: jax.Array) -> jax.Array:
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file("config", None, "The study.", lock_config=True)
-  flags.DEFINE_string("workdir", None, "Where to keep networks and results.")
-  flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  launch.run(main)

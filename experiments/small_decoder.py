@@ -2,7 +2,9 @@
 """A byte-level decoder of prose and code to compress, and the verdicts on what is claimed of it."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +16,7 @@ from treesurgeon.core import model as model_lib
 from treesurgeon.train import loop, tasks
 
 TEXTS = ("prose", "code")  # the general one first
-Numbers = dict[str, dict[str, float]]  # "arm at cut" -> quantity -> value
+Numbers = dict[str, dict[str, float]]  # arm, or "arm at cut" -> quantity -> value
 
 
 class Trained(NamedTuple):
@@ -69,32 +71,36 @@ def loss(m: model_lib.Model, tests: Sequence[Mapping[str, np.ndarray]]) -> float
   return float(np.mean([_nll(m.spec)(m.params, dict(rows)) for rows in tests]))
 
 
-def value(found: Numbers, low: str, high: str, quantity: str, cut: str) -> float:
-  """Evaluate a claim.
+def study(
+  measure: Callable[[Mapping[str, Any], int], Numbers],
+  config: Mapping[str, Any],
+  workdir: pathlib.Path,
+) -> None:
+  """Measure every seed, then print and keep numbers and verdicts.
 
   Args:
-    found: a seed's numbers.
-    low: the arm that shall have less.
-    high: the arm that shall have more.
-    quantity: of what.
-    cut: where.
-
-  Returns:
-    The difference; negative where the claim holds.
-
-  Example:
-    >>> value({"a at x": {"loss": 1.0}, "b at x": {"loss": 3.0}}, "a", "b", "loss", "x")
-    -2.0
+    measure: config and seed -> numbers.
+    config: "seeds", "claims" (see `verdicts`), and what `measure` reads.
+    workdir: where `results.json` and `claims.json` go.
   """
-  return found[f"{low} at {cut}"][quantity] - found[f"{high} at {cut}"][quantity]
+  runs = []
+  for seed in config["seeds"]:
+    runs.append(measure(config, seed))
+    (workdir / "results.json").write_text(json.dumps(runs, indent=1) + "\n")
+  rows = [(arm, q, [r[arm][q] for r in runs]) for arm, found in runs[0].items() for q in found]
+  show(("arm", "", "by seed"), rows, "{:.4f}")
+  told = verdicts(runs, config["claims"])
+  show(("claim", "verdict", "by seed (below 0 holds)"), told, "{:+.4f}")
+  (workdir / "claims.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
 def verdicts(runs: Sequence[Numbers], claims: Sequence[Any]) -> list[tuple[str, str, list[float]]]:
-  """Judge claims by all seeds.
+  """Judge claims by all seeds: each is a difference that is negative where it holds.
 
   Args:
     runs: each seed's numbers.
-    claims: (text, arm that shall have less, arm that shall have more, quantity, cuts).
+    claims: (text, arm that shall have less, arm that shall have more), of the loss; or these,
+      of which quantity, and at which cuts.
 
   Returns:
     (text and cut, verdict, a value for each seed), a claim and cut.
@@ -103,13 +109,17 @@ def verdicts(runs: Sequence[Numbers], claims: Sequence[Any]) -> list[tuple[str, 
     >>> runs = [{"a at x": {"loss": 1.0}, "b at x": {"loss": 3.0}}]
     >>> verdicts(runs, [("a: better", "a", "b", "loss", ("x",))])
     [('a: better, x', 'reproduced', [-2.0])]
+    >>> verdicts([{"a": {"loss": 1.0}, "b": {"loss": 0.5}}], [("a: better", "a", "b")])
+    [('a: better', 'not reproduced', [0.5])]
   """
   out = []
-  for text, low, high, quantity, cuts in claims:
+  for text, low, high, *more in claims:
+    quantity, cuts = more or ("loss", ("",))
     for cut in cuts:
-      values = [value(r, low, high, quantity, cut) for r in runs]
+      less, most = (f"{arm} at {cut}" if cut else arm for arm in (low, high))
+      values = [r[less][quantity] - r[most][quantity] for r in runs]
       held = "reproduced" if max(values) < 0 else "not reproduced" if min(values) >= 0 else "mixed"
-      out.append((f"{text}, {cut}", held, values))
+      out.append((f"{text}, {cut}" if cut else text, held, values))
   return out
 
 

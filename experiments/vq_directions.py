@@ -4,59 +4,23 @@
 python -P -m treesurgeon.experiments.vq_directions --config=configs/vq.py --workdir=DIR
 """
 
+import functools
 import itertools
-import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_flags
-from rich import console, table
 
-from treesurgeon import models, registry
+from treesurgeon import registry
 from treesurgeon.compress.quantize import bitstack
 from treesurgeon.core import model as model_lib
 from treesurgeon.evaluate import size
-from treesurgeon.models import losses
+from treesurgeon.experiments import launch, small_decoder
 from treesurgeon.run import collect, drivers
-from treesurgeon.train import loop, tasks
-
-TEXTS = ("prose", "code")
-Numbers = dict[str, dict[str, float]]  # arm -> "loss" and "bits"
 
 
-def main(argv: list[str]) -> None:
-  """Run every seed, then print and keep numbers and verdicts.
-
-  Args:
-    argv: no positional arguments.
-  """
-  del argv
-  logging.set_verbosity(logging.WARNING)
-  config, workdir = flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
-  runs = []
-  for seed in config.seeds:
-    runs.append(measure(config.to_dict(), seed))
-    (workdir / "results.json").write_text(json.dumps(runs, indent=1) + "\n")
-  out = table.Table(box=None)
-  for column in ("claim", "nats a byte by seed (below 0 holds)", "verdict"):
-    out.add_column(column)
-  verdicts = []
-  for text, low, high in config.claims:
-    values = [r[low]["loss"] - r[high]["loss"] for r in runs]
-    held = "reproduced" if max(values) < 0 else "not reproduced" if min(values) >= 0 else "mixed"
-    verdicts.append((text, values, held))
-    out.add_row(text, "  ".join(f"{v:+.4f}" for v in values), held)
-  console.Console(width=150).print(out)
-  (workdir / "claims.json").write_text(json.dumps(verdicts, indent=1) + "\n")
-
-
-def measure(config: Mapping[str, Any], seed: int) -> Numbers:
+def measure(config: Mapping[str, Any], seed: int) -> small_decoder.Numbers:
   """Train a model and quantize it in every way.
 
   Args:
@@ -66,27 +30,16 @@ def measure(config: Mapping[str, Any], seed: int) -> Numbers:
   Returns:
     For each arm the mean loss over both texts, nats a byte, and bits a compressed weight.
   """
-  length, batch = config["length"], config["batch"]
-  named = {t: tasks.build(t, length=length, items=config["test"], seed=seed) for t in TEXTS}
-  spec = models.Spec(vocab_size=tasks.VOCABULARY, max_positions=length, **config["spec"])
-  params = models.init(spec, jax.random.key(seed))
-  feed = tasks.batches({t: (task, 1.0) for t, task in named.items()}, batch=batch, seed=seed)
-  optimizer = {"lr": config["rate"], "warmup": config["steps"] // 10}
-  done = loop.fit(
-    model_lib.Model(spec, params), feed, steps=config["steps"], optimizer=optimizer, log_every=100
-  )
-  m = model_lib.Model(spec, jax.tree.map(lambda x: x.astype(jnp.bfloat16), done.params))
-  count = config["calibration"] // 2
-  rows = np.concatenate([_spread(t.train["tokens"], count) for t in named.values()])
-  texts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+  trained = small_decoder.train(config, seed)
+  m = trained.model
+  m = m.replace(params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), m.params))
+  texts = trained.sets[0] + trained.sets[1]
   given = collect.Materials(batches=texts)
-  learn = collect.Materials(batches=list(itertools.islice(feed, config["tune"])))
-  tests = [dict(t.test) for t in named.values()]
-  nll = jax.jit(lambda params, batch: losses.nll(spec, params, batch))
-  out: Numbers = {}
+  learn = collect.Materials(batches=list(itertools.islice(trained.feed, config["tune"])))
+  out: small_decoder.Numbers = {}
 
   def tell(arm: str, made: model_lib.Model) -> None:
-    loss = float(np.mean([nll(made.params, t) for t in tests]))
+    loss = small_decoder.loss(made, trained.tests)
     out[arm] = {"loss": loss, "bits": size.in_memory(made).compressed_bits_per_weight or 16.0}
     print(f"seed {seed}: {arm}: {loss:.4f} at {out[arm]['bits']:.3f} bits", flush=True)
 
@@ -119,12 +72,5 @@ def _sizes(whole: model_lib.Model, blocks: int) -> list[int]:
   return [rest + total for total in itertools.accumulate(levels)]
 
 
-def _spread(rows: np.ndarray, count: int) -> np.ndarray:
-  return rows[np.linspace(0, len(rows) - 1, count).astype(int), :-1]
-
-
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
-  flags.DEFINE_string("workdir", None, "Where to keep numbers and verdicts.")
-  flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  launch.run(functools.partial(small_decoder.study, measure))
