@@ -14,7 +14,8 @@ published peak, which calibrates it.
 
 The flag can abort the compiler on programs that compile without it, so everything is compiled in
 processes of their own. After an abort the length of the final schedule times the number of grid
-steps is reported, which misses stalls; `source` says which it was.
+steps is reported, which misses stalls, or the matrix unit's peak if that is longer; `source` says
+which it was.
 """
 
 import collections
@@ -55,12 +56,14 @@ class Request:
     kwargs: JSON.
     target: name from `devices.DEVICES`.
     steps: grid steps of its one kernel, for the fallback; 0 allows none.
+    flops: operations of its matrix products, for the fallback.
   """
 
   program: str
   kwargs: dict[str, Any]
   target: str
   steps: int = 0
+  flops: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +255,9 @@ def _one(request: Request, folder: pathlib.Path) -> Cost:
         if "schedule-analysis" not in p.name
       }
     )
-    cycles, source = kernels.most_common(1)[0][1] * request.steps, "static: schedule, no stalls"
+    least = math.ceil(request.flops / device.peak * device.clock_mhz)
+    cycles = max(kernels.most_common(1)[0][1] * request.steps, least)
+    source = "static: schedule or peak"
   compute = math.nan if cycles is None else cycles / device.clock_mhz
   memory = moved / device.bandwidth
   longer = max(memory, 0.0 if cycles is None else compute)

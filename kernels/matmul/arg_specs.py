@@ -2,14 +2,15 @@
 """Named operands that tests and benchmarks share, and programs to compile ahead of time."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from treesurgeon.core import formats, leaves, packing
-from treesurgeon.kernels.matmul import api, prepared
+from treesurgeon.kernels.matmul import api, prepared, tpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,14 @@ def quantized(spec: ArgSpec, format: str = "int") -> leaves.QuantizedTensor:
 
 
 def product(
-  format: str, tokens: int, rows: int, cols: int, group_size: int, target: str, **more: Any
+  format: str,
+  tokens: int,
+  rows: int,
+  cols: int,
+  group_size: int,
+  target: str,
+  block: Sequence[int] = (),
+  symmetric: bool = True,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
   """Describe a product for `static_cost`: activations in bfloat16 by a matrix as a device has it.
 
@@ -119,7 +127,8 @@ def product(
     tokens, rows, cols: the product is (tokens, rows) @ (rows, cols).
     group_size: rows of a group.
     target: name of the device.
-    **more: further fields of `ArgSpec`.
+    block: tokens and columns of a block of the kernel; as it chooses if there are none.
+    symmetric: whether there are no zero points.
 
   Returns:
     (function, shapes of its arguments).
@@ -133,6 +142,9 @@ def product(
     return api.matmul, (x, jax.ShapeDtypeStruct((rows, cols), jnp.bfloat16))
   name = format if format in prepared.LINEAR else "int"
   bits = {"ternary": 2, "sign": 1}.get(format) or int(format.removeprefix("int"))
-  spec = ArgSpec(tokens, rows, cols, bits, group_size, dtype="bfloat16", **more)
+  spec = ArgSpec(tokens, rows, cols, bits, group_size, symmetric, "bfloat16")
   leaf = jax.eval_shape(lambda w: prepared.prepare(w, target=target), quantized(spec, name))
+  if block:
+    fn = functools.partial(tpu.matmul, dtype=jnp.bfloat16, block=tuple(block))
+    return fn, (x, leaf)
   return api.matmul, (x, leaf)

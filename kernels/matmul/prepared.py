@@ -29,7 +29,7 @@ from treesurgeon.kernels import devices
 from treesurgeon.kernels.matmul import layouts
 
 UNIT = layouts.GROUP
-MOST_UNITS = 40  # that one step of the kernel unrolls: 32 are 4096 rows
+MOST_UNITS = 48  # that one step of the kernel unrolls: 32 are 4096 rows
 # Formats whose values are (code - zero) * factor: bits on the device, zero, factor.
 LINEAR = {"ternary": (2, 1.0, 1.0), "sign": (1, 0.5, 2.0)}
 # Composite leaves whose parts are multiplied by themselves.

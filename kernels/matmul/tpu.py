@@ -62,7 +62,11 @@ def unsupported(x: jax.Array, leaf: Any) -> str:
 
 
 def matmul(
-  x: Float[Array, "*batch rows"], leaf: prepared.PreparedTensor, *, dtype: Any = jnp.float32
+  x: Float[Array, "*batch rows"],
+  leaf: prepared.PreparedTensor,
+  *,
+  dtype: Any = jnp.float32,
+  block: tuple[int, int] | None = None,
 ) -> Float[Array, "*batch cols"]:
   """Multiply by a prepared leaf. The gradient reaches `x`, scales and zero points.
 
@@ -70,12 +74,14 @@ def matmul(
     x: activations; rounded to bfloat16, as XLA's default precision on a TPU does.
     leaf: what `prepare` returned.
     dtype: of the result.
+    block: tokens and columns of a block; None takes `blocks`.
 
   Returns:
     The product, accumulated in float32.
   """
   flat = x.reshape(-1, leaf.rows)
-  y: jax.Array = _product(jnp.dtype(dtype).name, flat, leaf)  # pyright: ignore
+  block = block or blocks(flat.shape[0], leaf.cols)
+  y: jax.Array = _product(jnp.dtype(dtype).name, block, flat, leaf)  # pyright: ignore
   return y.reshape(*x.shape[:-1], leaf.cols)
 
 
@@ -98,17 +104,21 @@ def blocks(tokens: int, cols: int) -> tuple[int, int]:
   return min(tokens, TOKENS), cols if cols <= UNIT else width
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(dtype: str, x: jax.Array, leaf: prepared.PreparedTensor) -> jax.Array:
-  return _call(x.astype(jnp.bfloat16), leaf, jnp.dtype(dtype))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(
+  dtype: str, block: tuple[int, int], x: jax.Array, leaf: prepared.PreparedTensor
+) -> jax.Array:
+  return _call(x.astype(jnp.bfloat16), leaf, jnp.dtype(dtype), block)
 
 
-def _forward(dtype: str, x: jax.Array, leaf: prepared.PreparedTensor) -> tuple[jax.Array, Any]:
-  return _product(dtype, x, leaf), (x, leaf)
+def _forward(
+  dtype: str, block: tuple[int, int], x: jax.Array, leaf: prepared.PreparedTensor
+) -> tuple[jax.Array, Any]:
+  return _product(dtype, block, x, leaf), (x, leaf)
 
 
-def _backward(dtype: str, kept: Any, g: jax.Array) -> tuple[Any, Any]:
-  del dtype
+def _backward(dtype: str, block: tuple[int, int], kept: Any, g: jax.Array) -> tuple[Any, Any]:
+  del dtype, block
   x, leaf = kept
   pull = jax.vjp(reference.matmul, x, leaf)[1]
   return pull(g.astype(jnp.float32))
@@ -117,9 +127,11 @@ def _backward(dtype: str, kept: Any, g: jax.Array) -> tuple[Any, Any]:
 _product.defvjp(_forward, _backward)
 
 
-def _call(x: jax.Array, leaf: prepared.PreparedTensor, dtype: Any) -> jax.Array:
+def _call(
+  x: jax.Array, leaf: prepared.PreparedTensor, dtype: Any, block: tuple[int, int]
+) -> jax.Array:
   tokens, cols = x.shape[0], leaf.cols
-  rows_of_block, width = blocks(tokens, cols)
+  rows_of_block, width = block
   steps = leaf.steps
   units = leaf.step if steps > 1 else -(-leaf.rows // UNIT)
   padded = steps * units * UNIT

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The TPU kernel: interpreted with race detection it equals float64; under the transformations."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+
+from treesurgeon import kernels
+from treesurgeon.core import leaves
+from treesurgeon.kernels import devices
+from treesurgeon.kernels.matmul import api, arg_specs, prepared, reference, tpu
+
+KEY = jax.random.key(1)
+BFLOAT16 = ml_dtypes.bfloat16
+
+
+def interpreted(x, leaf, **more):
+  """Multiply in interpret mode; fail on a race."""
+  params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+  with pltpu.force_tpu_interpret_mode(params):
+    y = np.asarray(tpu.matmul(x, leaf, **more), np.float64)
+  assert interpret_pallas_call.races is None or not interpret_pallas_call.races.races_found
+  return y
+
+
+def exact(x, leaf, scaled):
+  """Multiply in float64, the operands rounded as the kernel rounds them."""
+  x = np.asarray(x).astype(BFLOAT16).astype(np.float64)
+  if not scaled:
+    return x @ np.asarray(dataclasses.replace(leaf, store="float32").dense(), np.float64)
+  units = dataclasses.replace(leaf, scales=jnp.ones_like(leaf.scales), store="float32")
+  units = np.asarray(units.dense()).astype(BFLOAT16)
+  scales = np.asarray(leaf.spread(leaf.scales.astype(jnp.float32))).astype(BFLOAT16)
+  w = (units.astype(np.float32) * scales.astype(np.float32)).astype(BFLOAT16)
+  return x @ w.astype(np.float64)
+
+
+def check(spec, target, format="int", leaf=None):
+  x, drawn = arg_specs.operands(spec, KEY)
+  leaf = leaf or drawn
+  ready = kernels.prepare(leaf, target=target)
+  block = tpu.blocks(spec.tokens, spec.cols)
+  scaled = devices.find(target).converts and block[0] >= tpu.PRE
+  expected = exact(x, leaf, scaled)
+  got = interpreted(x, ready)
+  np.testing.assert_allclose(got, expected, rtol=0, atol=3e-5 * np.abs(expected).max() + 1e-5)
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+  tokens=st.sampled_from((1, 3, 16, 100)),
+  rows=st.integers(1, 700),
+  cols=st.sampled_from((1, 7, 128, 200)),
+  bits=st.integers(1, 8),
+  group_size=st.sampled_from((16, 32, 64, 128, 256, 10_000)),
+  symmetric=st.booleans(),
+  target=st.sampled_from(sorted(devices.DEVICES)),
+)
+def test_it_equals_float64(tokens, rows, cols, bits, group_size, symmetric, target):
+  check(arg_specs.ArgSpec(tokens, rows, cols, bits, group_size, symmetric), target)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(
+  tokens=st.integers(1, 300),
+  rows=st.integers(1, 2000),
+  cols=st.integers(1, 600),
+  bits=st.integers(1, 8),
+  group_size=st.sampled_from((16, 32, 64, 128, 256, 384, 1280, 10_000)),
+  symmetric=st.booleans(),
+  target=st.sampled_from(sorted(devices.DEVICES)),
+)
+def test_it_equals_float64_on_many_shapes(tokens, rows, cols, bits, group_size, symmetric, target):
+  check(arg_specs.ArgSpec(tokens, rows, cols, bits, group_size, symmetric), target)
+
+
+@pytest.mark.parametrize(("tokens", "target"), [(2, "tpu-v5e"), (128, "tpu7x")])
+@pytest.mark.parametrize(("format", "bits"), [("ternary", 2), ("sign", 1)])
+def test_formats_of_few_values(format, bits, tokens, target):
+  spec = arg_specs.ArgSpec(tokens, 320, 16, bits)
+  shapes = arg_specs.quantized(spec, format)
+  codes = jax.random.randint(KEY, shapes.codes.shape, 0, 243).astype(jnp.uint8)
+  scales = jax.random.uniform(KEY, shapes.scales.shape)
+  check(spec, target, leaf=dataclasses.replace(shapes, codes=codes, scales=scales))
+
+
+def test_steps_over_rows_add_up():
+  spec = arg_specs.ArgSpec(2, 8 * 1024, 40, 2, symmetric=False)
+  leaf = kernels.prepare(arg_specs.operands(spec, KEY)[1], target="tpu-v5e")
+  assert leaf.steps > 1
+  check(spec, "tpu-v5e")
+
+
+def test_zero_points_between_codes():
+  spec = arg_specs.ArgSpec(3, 256, 8, 3, 64, symmetric=False)
+  leaf = arg_specs.operands(spec, KEY)[1]
+  leaf = dataclasses.replace(leaf, zeros=leaf.zeros.astype(jnp.float32) + 0.375)
+  check(spec, "tpu-v6e", leaf=leaf)
+  check(dataclasses.replace(spec, tokens=128), "tpu-v6e", leaf=leaf)
+
+
+def small(**more):
+  spec = arg_specs.ArgSpec(3, 256, 8, dtype="bfloat16", **more)
+  x, leaf = arg_specs.operands(spec, KEY)
+  return x, leaf, kernels.prepare(leaf, target="tpu-v5e")
+
+
+def test_matmul_takes_a_prepared_leaf_on_any_platform():
+  x, leaf, ready = small()
+  y = jax.jit(kernels.matmul)(x, ready)
+  assert y.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(y, kernels.matmul(x, leaf, implementation="reference"))
+  total = leaves.Sum((ready, jnp.ones((256, 8), jnp.bfloat16)))
+  np.testing.assert_allclose(
+    kernels.matmul(x, total).astype(jnp.float32),
+    kernels.matmul(x, leaves.Sum((leaf, total.parts[1]))).astype(jnp.float32),
+    rtol=2e-2,
+  )
+
+
+def test_gradients_reach_inputs_scales_and_zeros():
+  x, leaf, ready = small(symmetric=False, bits=2)
+  g = jax.random.normal(KEY, (3, 8))
+
+  def loss(product, x, scales, zeros):
+    return (product(x, dataclasses.replace(ready, scales=scales, zeros=zeros)) * g).sum()
+
+  at = (x.astype(jnp.float32), ready.scales, ready.zeros)
+  with pltpu.force_tpu_interpret_mode():
+    got = jax.grad(lambda *a: loss(tpu.matmul, *a), (0, 1, 2))(*at)
+  want = jax.grad(lambda *a: loss(reference.matmul, *a), (0, 1, 2))(*at)
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=1e-5, atol=1e-5)
+
+
+def test_stacked_layers():
+  # The interpreter does not take vmap; ahead_test.py compiles it.
+  x, _, ready = small(bits=3)
+  pairs = jax.tree.map(lambda a: jnp.stack([a, a[..., ::-1]]), (x, ready))
+  with pltpu.force_tpu_interpret_mode():
+    scanned = jax.lax.scan(lambda c, pair: (c, tpu.matmul(*pair)), None, pairs)[1]
+  for i in range(2):
+    each = jax.tree.map(lambda a, i=i: a[i], pairs)
+    expected = exact(each[0], each[1].restore(), scaled=False)
+    np.testing.assert_allclose(scanned[i], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_refusals():
+  x, leaf, ready = small()
+  with pytest.raises(ValueError, match="'tpu' cannot.*made for a TPU, not QuantizedTensor; supp"):
+    kernels.matmul(x, leaf, implementation="tpu")
+  with pytest.raises(ValueError, match=r"'tpu' cannot.*bfloat16 or float32, not float16; suppor"):
+    kernels.matmul(x.astype(jnp.float16), ready, implementation="tpu")
+  with pytest.raises(ValueError, match=r"'tpu' cannot.*at least one token"):
+    kernels.matmul(x[:0], ready, implementation="tpu")
+  assert api.supported(x, ready) == ["tpu", "reference"]
+  assert kernels.matmul(x[:0], ready).shape == (0, 8)
+
+
+def test_blocks():
+  assert tpu.blocks(7, 100) == (7, 100)
+  assert tpu.blocks(7, 300) == (7, 128)
+  assert tpu.blocks(1000, 28672) == (256, 512)
+  assert isinstance(kernels.prepare(small()[1], target="tpu7x"), prepared.PreparedTensor)
