@@ -26,6 +26,7 @@ SIZES = {
   "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
   "torch_dtype": "float32",
 }  # fmt: skip
+EXPERTS = {"mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}}
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 16))
 Q = "compress.quantize."
 # name: (family, transform)
@@ -37,6 +38,7 @@ CASES = {
   "w6": ("qwen2", f"{Q}rtn(bits=6, group_size=128, symmetric=False)"),
   "w8": ("llama", f"{Q}rtn(bits=8, group_size=32)"),
   "float_zero_points": ("llama", f"{Q}hqq(bits=4, group_size=64)"),
+  "experts": ("mixtral", f"{Q}rtn(bits=4, group_size=64)"),
   "mixed_and_dense": (
     "llama",
     f"{Q}rtn(bits=3, group_size=32, select='layers/0/attn/.*kernel') + "
@@ -47,7 +49,7 @@ CASES = {
 
 def fresh(family):
   """Draws a model whose norms and biases do something too."""
-  spec = hf.from_config({"model_type": family, **SIZES})
+  spec = hf.from_config({"model_type": family, **SIZES, **EXPERTS.get(family, {})})
   m = model.Model(spec, models.init(spec, jax.random.key(0)))
   rng, changes = np.random.default_rng(1), {}
   for address in m.addresses():
@@ -89,7 +91,8 @@ def test_mlx_computes_what_we_do(tmp_path, name):
       dense = np.array(mx.dequantize(*parts, **own))
       np.testing.assert_allclose(dense.T, leaf.dense(), atol=1e-6, rtol=0, err_msg=layer)
       count += 1
-  assert count == (7 if name == "mixed_and_dense" else 14)
+  alike = 2 * (4 + 3 * max(1, m.spec.num_experts))
+  assert count == (7 if name == "mixed_and_dense" else alike)
   want = logits(m)
   assert want.std() > 0.3
   np.testing.assert_allclose(theirs(tmp_path / "out"), want, atol=5e-5, rtol=0)

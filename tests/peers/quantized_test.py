@@ -35,6 +35,10 @@ SIZES = {
   "vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
   "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
+MIXTURES = {
+  "Mixtral": {"num_local_experts": 4},
+  "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+}
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 16))
 CT = "compressed-tensors"
 DENSE = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
@@ -62,17 +66,19 @@ CASES = {
   "gptq": ("Qwen2", "rtn(bits=4, group_size=64)", "gptq", GPTQ, 0.005),
   "gptq_3": ("Llama", "rtn(bits=3, group_size=64)", "gptq", GPTQ, 0.005),
   "gptq_v2": ("Llama", "rtn(bits=8, group_size=64, symmetric=False)", "gptq_v2", GPTQ, 0.005),
+  "experts": ("Mixtral", "rtn(bits=4, group_size=64)", CT, {}, 1e-4),
+  "experts_fp8": ("Qwen3Moe", "rtn(bits=8, format='e4m3fn', group_size=-1)", CT, {}, 1e-4),
   "awq": ("Qwen2", "rtn(bits=4, group_size=64, symmetric=False)", "awq", AWQ, 0.005),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-  """Random models of two families, norms and biases included."""
+  """Random models of four families, norms and biases included."""
   root = tmp_path_factory.mktemp("dense")
-  for family in ("Llama", "Qwen2"):
+  for family, more in (("Llama", {}), ("Qwen2", {}), *MIXTURES.items()):
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SIZES)
+    config = getattr(transformers, f"{family}Config")(**SIZES, **more)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
       for p in model.parameters():

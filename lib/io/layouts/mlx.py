@@ -49,6 +49,14 @@ def plan(found: Mapping[str, tuple[modules.Module, Any]]) -> base.Layout:
     _check(found[layer][0], leaf)
     forms[layer] = {"group_size": _size(leaf), "bits": leaf.bits}
   most = max(forms.values(), key=list(forms.values()).count)
+  experts = [n for n in found if ".experts." in n]
+  if any(n in chosen for n in experts):
+    for n in experts:
+      if ".block_sparse_moe." not in n or forms.get(n) != most:
+        raise modules.refuse(
+          n, found[n][1], "mlx-lm stacks experts: it reads quantized ones of Mixtral, all in the "
+          "form of most layers; --format=compressed-tensors holds these",
+        )  # fmt: skip
   config = {**most, "mode": "affine"} | {n: form for n, form in forms.items() if form != most}
   notes = ["transformers does not read this directory; mlx-lm does"]
   types = [_dtype(leaf) for leaf in chosen.values()]

@@ -5,6 +5,7 @@ What MLX and mlx-lm make of such directories is in `tests/peers/mlx_test.py`.
 """
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 from treesurgeon import io
-from treesurgeon.core import leaves, paths
+from treesurgeon.core import leaves, paths, step
 from treesurgeon.core import model as model_lib
 from treesurgeon.io import export
 from treesurgeon.models import hf
@@ -48,11 +49,11 @@ def leaf(rng, rows, cols, *, bits=4, group=32, zeros="none", dtype=jnp.float32):
   )  # fmt: skip
 
 
-def make(config=LLAMA, **form):
+def make(config=LLAMA, select=r"layers/.*kernel", **form):
   spec, rng, flat = hf.from_config(config), np.random.default_rng(0), {}
   for address in [a for entry in hf.entries(spec) for a in entry.address]:
     shape = hf.address_shape(spec, address)
-    quantized = address.startswith("layers") and address.endswith("kernel")
+    quantized = re.fullmatch(select, address)
     dense = rng.standard_normal(shape).astype(np.float32)
     flat[address] = leaf(rng, *shape, **form) if quantized else dense
   return model_lib.Model(spec, paths.unflatten(flat))
@@ -152,6 +153,20 @@ def test_layers_may_differ_and_groups_may_be_wide(tmp_path):
   assert tensors[f"{NAME}.scales"].shape == (128, 2)
   assert any("wider than 128" in note for note in report.notes)
   np.testing.assert_array_equal(io.load(tmp_path / "wide").leaf(UP).dense(), m.leaf(UP).dense())
+
+
+def test_experts_that_mlx_reads(tmp_path):
+  mixtral = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
+  qwen = {"moe_intermediate_size": 64, "num_experts": 8, "model_type": "qwen3_moe"}
+  m, rng = make(LLAMA | mixtral, select=step.BLOCK_KERNELS), np.random.default_rng(1)
+  written(m, tmp_path / "out")
+  same(io.load(tmp_path / "out").params, m.params)
+  up = "layers/0/mlp/experts/1/up/kernel"
+  message = "experts.1.* mlx-lm stacks experts: it reads quantized ones of Mixtral, all in the form"
+  with pytest.raises(ValueError, match=message):
+    written(changed(m, up, leaf(rng, *m.leaf(up).shape, bits=8)), tmp_path / "not")
+  with pytest.raises(ValueError, match="experts.0.* mlx-lm stacks experts"):
+    written(make(LLAMA | qwen, select=step.BLOCK_KERNELS), tmp_path / "not")
 
 
 def affine(w, bits, size):
