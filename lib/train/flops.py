@@ -3,7 +3,8 @@
 
 Kaplan et al. (arXiv:2001.08361, section 2.1) count 6 operations a weight and token. We count the
 weights that multiply activations, so the head (also a tied one) but no table that is only looked
-up, and add attention's two products as Chowdhery et al. (arXiv:2204.02311, appendix B) do.
+up, and of experts as many as a token goes to; and add attention's two products as Chowdhery et al.
+(arXiv:2204.02311, appendix B) do.
 """
 
 from typing import Any
@@ -52,10 +53,14 @@ def weights(spec: Any) -> int:
     >>> weights(models.Spec(vocab_size=8, d_model=4, num_layers=2, num_heads=1, d_ff=8))
     352
   """
-  total = 0
+  total, experts = 0, 0
   for address, shape in models.addresses(spec).items():
     if address.endswith("/kernel") and not address.startswith("pooler"):
-      total += shape[0] * shape[1]
+      if "/experts/" in address:
+        experts += shape[0] * shape[1]
+      else:
+        total += shape[0] * shape[1]
+  total += experts * spec.experts_per_token // max(1, spec.num_experts)  # all are alike
   tied_head = spec.tied and (spec.kind == "decoder" or spec.mlm_head)
   return total + (spec.vocab_size * spec.d_model if tied_head else 0)
 
