@@ -4,7 +4,7 @@
 import contextlib
 import ctypes
 
-_TRIM, _MMAP = -1, -3  # names of the parameters in <malloc.h>
+_TRIM, _MMAP, _ARENAS = -1, -3, -8  # names of the parameters in <malloc.h>
 _LARGEST = 1 << 30  # bytes; what is larger comes from the system and goes back to it
 
 
@@ -23,3 +23,4 @@ def keep_pages() -> None:
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(_MMAP, _LARGEST)
     mallopt(_TRIM, (1 << 31) - 1)
+    mallopt(_ARENAS, 1)  # those of other threads hold small blocks only

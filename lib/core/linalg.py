@@ -42,6 +42,26 @@ def damped_cholesky(
   return low, d
 
 
+def gram(x: Float[Array, "rows n"]) -> Float[Array, "n n"]:
+  """Multiply a matrix by itself, xᵀ x, computing three of the four quarters.
+
+  Args:
+    x: float32.
+
+  Returns:
+    The symmetric product.
+
+  Example:
+    >>> gram(jnp.array([[1.0, 2.0, 3.0]])).tolist()
+    [[1.0, 2.0, 3.0], [2.0, 4.0, 6.0], [3.0, 6.0, 9.0]]
+  """
+  n = x.shape[1] // 2
+  low = x[:, n:]
+  top = jnp.matmul(x[:, :n].T, x, precision="highest")
+  bottom = jnp.matmul(low.T, low, precision="highest")
+  return jnp.block([[top], [jnp.concatenate([top[:, n:].T, bottom], axis=1)]])
+
+
 def inverse_from_cholesky(low: Float[Array, "n n"]) -> Float[Array, "n n"]:
   """Invert a symmetric matrix from its lower Cholesky factor.
 

@@ -333,9 +333,15 @@ def take(leaf: Any, index: int) -> Any:
   def one(x: Any) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
       return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-    return x[index]
+    return _cut(x, index) if isinstance(x, jax.Array) else x[index]
 
   return jax.tree.map(one, leaf)
+
+
+@jax.jit
+def _cut(x: jax.Array, index: int | jax.Array) -> jax.Array:
+  """Index as one program a shape, for all layers."""
+  return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
 
 
 def stack(parts: Sequence[Any]) -> Any:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, UInt32
 
-from treesurgeon.core import hadamard
+from treesurgeon.core import hadamard, linalg
 
 SAMPLES = 512  # input vectors that "samples" keeps
 
@@ -132,7 +132,7 @@ def _ready(x: jax.Array, numbers: Any) -> tuple[jax.Array, jax.Array, jax.Array]
 def _add_moment(s: SecondMoment, x: jax.Array, numbers: Any = None) -> SecondMoment:
   x, keep, count = _ready(x, numbers)
   x = jnp.where(keep, x, 0)
-  return SecondMoment(s.moment + jnp.matmul(x.T, x, precision="highest"), s.count + count)
+  return SecondMoment(s.moment + linalg.gram(x), s.count + count)
 
 
 def _adding(of: Callable[[jax.Array], jax.Array]) -> Callable[..., PerFeature]:

@@ -3,6 +3,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from treesurgeon.core import linalg
 
@@ -45,3 +46,9 @@ def test_inverse_factor_is_the_upper_cholesky_of_the_inverse():
   upper, _ = linalg.inverse_factor(jnp.asarray(h, jnp.float32), 0.0)
   expected = np.linalg.cholesky(np.linalg.inv(h)).T
   np.testing.assert_allclose(upper, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 16])
+def test_gram_is_the_product_with_itself(n):
+  x = np.random.default_rng(0).normal(size=(9, n)).astype(np.float32)
+  np.testing.assert_allclose(linalg.gram(jnp.asarray(x)), x.T @ x, rtol=1e-5, atol=1e-5)
