@@ -37,8 +37,16 @@ def take(
     ValueError: if a leaf is compressed, nothing is selected, or there was no example.
   """
   if need.fold == "fisher":
-    return fisher(model, batches, select=need.select, block=need.block)
-  return FOLDS[need.fold](model, batches, select=need.select)
+    found = fisher(model, batches, select=need.select, block=need.block)
+  else:
+    found = FOLDS[need.fold](model, batches, select=need.select)
+  moved: dict[str, bool] = {}  # no kernel of an expert that never fires has a gradient
+  for address in found if getattr(model.spec, "num_experts", 0) else ():
+    expert = statistics.expert_of(address)
+    if expert is not None and not moved.get(expert):
+      moved[expert] = bool(jnp.any(jax.tree.leaves(found[address])[0] != 0))
+  statistics.tell_idle([expert for expert, some in moved.items() if not some])
+  return found
 
 
 def shape(need: needs.Statistic, leaf: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from treesurgeon import models, stats
 from treesurgeon.core import meshes, needs, paths, step
@@ -187,7 +188,25 @@ def block(spec: Any, params: Any, layer: int, inputs: jax.Array, targets: jax.Ar
   Returns:
     The evidence.
   """
-  return needs.Block(inputs, targets, meshes.to_auto(params), jnp.int32(layer), Network(spec))
+  made = needs.Block(inputs, targets, meshes.to_auto(params), jnp.int32(layer), Network(spec))
+  if getattr(spec, "num_experts", 0):
+    fired = np.asarray(_fired(spec, made.params, inputs, made.layer))
+    tell_idle([f"layers/{layer}/mlp/experts/{i}" for i in np.flatnonzero(~fired)])
+  return made
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _fired(spec: Any, params: Any, inputs: jax.Array, layer: jax.Array) -> jax.Array:
+  """Tell which experts any token goes to, row by row of the inputs."""
+
+  def row(x: jax.Array) -> jax.Array:
+    def gates(name: str, x: jax.Array) -> jax.Array | None:
+      return x if name == taps.GATES else None
+
+    _, seen = models.block(spec, params, x[None], layer=layer, observe=gates)
+    return (seen[taps.GATES] > 0).any(axis=(0, 1))
+
+  return jax.lax.map(row, inputs).any(axis=0)
 
 
 def block_layers(names: Sequence[str], select: str | None) -> list[int]:
@@ -332,14 +351,23 @@ def remarks(
             f"moment lacks at least {features - tokens} of its rank; more text would help",
             stacklevel=2,
           )
-  if idle:
-    warnings.warn(
-      f"{', '.join(idle)} never fired on the calibration set, so nothing is known of what enters "
-      "them and their weights are changed without it; more, or more varied, text would help",
-      stacklevel=2,
-    )
+  tell_idle(list(idle))
   found = {"idle_experts": idle, "dead_inputs": dead, "rank_deficit": short}
   return {k: v for k, v in found.items() if v}
+
+
+def tell_idle(experts: Sequence[str]) -> None:
+  """Warn of experts to which no token went.
+
+  Args:
+    experts: their addresses.
+  """
+  if experts:
+    warnings.warn(
+      f"{', '.join(experts)} never fired on the calibration set, so nothing is known of what "
+      "enters them and their weights are changed without it; more, or more varied, text would help",
+      stacklevel=2,
+    )
 
 
 def _looked_at(state: Any) -> tuple[int, int, int]:

@@ -460,6 +460,15 @@ def test_an_expert_that_never_fires_leaves_weights_finite(transform):
     assert np.isfinite(np.asarray(leaves.dense(done.leaf(address)))).all(), address
 
 
+@pytest.mark.parametrize("need", [needs.Statistic("gradient"), needs.Blocks()])
+def test_an_expert_that_never_fires_is_named_whatever_is_asked(need):
+  one = step.Step({"x": need}, lambda m, e, k: m, "model", {}, lambda names: [tuple(names)])
+  text = materials(batches=[np.random.default_rng(0).integers(0, 19, (16, 16))])
+  with pytest.warns(UserWarning, match=r"^layers/1/mlp/experts/1 never fired on") as told:
+    collect.evidence(one, mixture(), text)
+  assert len(told) == 1
+
+
 def test_blockwise_refuses_what_reaches_over_blocks():
   def same(w):
     return w
