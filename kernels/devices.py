@@ -21,6 +21,7 @@ class Device:
     bandwidth: of the memory, bytes a microsecond.
     peak: operations of the matrix unit a microsecond, in bfloat16.
     depth: rows of the matrix unit.
+    integers: whether it multiplies int8 faster than bfloat16.
     converts: whether small integers become bfloat16 in few instructions, and bfloat16 is computed
       with; before, both go through float32.
   """
@@ -31,14 +32,15 @@ class Device:
   bandwidth: float
   peak: float
   depth: int
+  integers: bool
   converts: bool
 
 
 DEVICES = {
-  "tpu-v5e": Device("TPU v5 lite", "v5e:2x2", 1500.0, 819e3, 197e6, 128, False),
-  "tpu-v5p": Device("TPU v5", "v5p:2x2x1", 1750.0, 2765e3, 459e6, 128, False),
-  "tpu-v6e": Device("TPU v6 lite", "v6e:2x2", 1750.0, 1640e3, 918e6, 256, True),
-  "tpu7x": Device("TPU7x", "tpu7x:2x2x1", 2200.0, 3690e3, 1153e6, 256, True),
+  "tpu-v5e": Device("TPU v5 lite", "v5e:2x2", 1500.0, 819e3, 197e6, 128, True, False),
+  "tpu-v5p": Device("TPU v5", "v5p:2x2x1", 1750.0, 2765e3, 459e6, 128, True, False),
+  "tpu-v6e": Device("TPU v6 lite", "v6e:2x2", 1750.0, 1640e3, 918e6, 256, True, True),
+  "tpu7x": Device("TPU7x", "tpu7x:2x2x1", 2200.0, 3690e3, 1153e6, 256, False, True),
 }
 
 

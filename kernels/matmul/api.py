@@ -111,7 +111,11 @@ def _product(
     thin = _product(x, leaf.a, implementation).astype(x.dtype)
     return leaf.scale * _product(thin, leaf.b, implementation)
   if isinstance(leaf, leaves.ActivationQuantized):
-    return xla.integers(x, leaf)
+    if not isinstance(leaf.weight, prepared.PreparedTensor):
+      return xla.integers(x, leaf)
+    scales = leaf.scales_of(x)
+    units = leaf.codes_of(x, scales).astype(leaf.weight.inputs)
+    return _product(units, leaf.weight, implementation) * scales
   if isinstance(leaf, leaves.Rotated):
     return _product(hadamard.transform(x), leaf.weight, implementation)
   if isinstance(leaf, leaves.ClusteredColumns):

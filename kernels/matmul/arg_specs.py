@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from treesurgeon.core import formats, leaves, packing
-from treesurgeon.kernels.matmul import api, prepared, tpu
+from treesurgeon.kernels.matmul import api, arrange, prepared, reference, tpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,18 +117,21 @@ def product(
   cols: int,
   group_size: int,
   target: str,
-  block: Sequence[int] = (),
+  block: Sequence[int] | None = None,
   symmetric: bool = True,
+  experts: int = 0,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
   """Describe a product for `static_cost`: activations in bfloat16 by a matrix as a device has it.
 
   Args:
-    format: "bf16", "int1" to "int8", "ternary" or "sign".
+    format: "bf16", "int1" to "int8", "ternary" or "sign"; with "-a8" at the end inputs are
+      quantized to 8 bits, with "-xla" the matrix is dequantized in plain XLA and multiplied.
     tokens, rows, cols: the product is (tokens, rows) @ (rows, cols).
     group_size: rows of a group.
     target: name of the device.
-    block: tokens and columns of a block of the kernel; as it chooses if there are none.
+    block: tokens and columns of a block of the kernel; None lets it choose.
     symmetric: whether there are no zero points.
+    experts: so many products at once, by `vmap`; 0 is one.
 
   Returns:
     (function, shapes of its arguments).
@@ -140,11 +143,23 @@ def product(
   x = jax.ShapeDtypeStruct((tokens, rows), jnp.bfloat16)
   if format == "bf16":
     return api.matmul, (x, jax.ShapeDtypeStruct((rows, cols), jnp.bfloat16))
+  format, _, how = format.partition("-")
   name = format if format in prepared.LINEAR else "int"
   bits = {"ternary": 2, "sign": 1}.get(format) or int(format.removeprefix("int"))
   spec = ArgSpec(tokens, rows, cols, bits, group_size, symmetric, "bfloat16")
-  leaf = jax.eval_shape(lambda w: prepared.prepare(w, target=target), quantized(spec, name))
-  if block:
-    fn = functools.partial(tpu.matmul, dtype=jnp.bfloat16, block=tuple(block))
+  leaf = quantized(spec, name)
+  if how == "xla":
+    return lambda x, w: reference.matmul(x, w).astype(x.dtype), (x, leaf)
+  if how == "a8":
+    leaf = leaves.ActivationQuantized(leaf, None)
+  leaf = jax.eval_shape(lambda w: arrange.prepare(w, target=target), leaf)
+  if experts:
+    stack = lambda a: jax.ShapeDtypeStruct((experts, *a.shape), a.dtype)
+    return jax.vmap(api.matmul), jax.tree.map(stack, (x, leaf))
+  if block is not None:
+    tokens_of, width = block
+    fn = functools.partial(tpu.matmul, dtype=jnp.bfloat16, block=(tokens_of, width))
+    if how == "a8":
+      x, leaf = jax.ShapeDtypeStruct(x.shape, leaf.weight.inputs), leaf.weight
     return fn, (x, leaf)
   return api.matmul, (x, leaf)

@@ -12,6 +12,9 @@ any to any, exactly.
 * `gs32`: 1 to 5 bits, units of 128 rows. Word [64 i + r] holds, for unit `i n + j` with
   n = 16 // bits, row 2r at bit `bits j` and row 2r + 1 at bit `16 + bits j`: a shift, a mask and
   an `or` make two bfloat16 `128 + code` lie side by side.
+* `gs8`: 1 to 4 bits, units of 128 rows. Word [32 i + r] holds, for unit `i n + j` with
+  n = 8 // bits, row 4r + b at bit `8 b + bits j`: a shift and a mask make four int8 lie side by
+  side.
 """
 
 from collections.abc import Callable
@@ -23,7 +26,7 @@ from jaxtyping import Array, UInt8
 
 from treesurgeon.core import packing
 
-GROUP = 128  # rows of a gs32 unit
+GROUP = 128  # rows of a unit of gs32 and gs8
 
 
 class Layout(NamedTuple):
@@ -114,6 +117,45 @@ def repack(
   return encode(codes, layout=target, bits=bits, group_size=group_size)
 
 
+def tile(layout: str, width: int) -> tuple[int, int]:
+  """Tell what a tile of a layout holds.
+
+  Args:
+    layout: "gs32", "gs8" or "native".
+    width: bits of a code.
+
+  Returns:
+    (units of 128 rows, rows of the array).
+
+  Example:
+    >>> tile("gs32", 2), tile("gs8", 2), tile("native", 4)
+    ((8, 64), (4, 32), (1, 128))
+  """
+  if layout == "native":
+    return 1, GROUP
+  return (16 // width, GROUP // 2) if layout == "gs32" else (8 // width, GROUP // 4)
+
+
+def over_batch(fn: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:
+  """Apply to each matrix of a stack, one after the other: unpacked codes are large.
+
+  Args:
+    fn: function of a matrix.
+    array: (..., rows, columns).
+
+  Returns:
+    The results, stacked alike.
+
+  Example:
+    >>> over_batch(lambda w: w[:1], jnp.ones((2, 3, 4, 5))).shape
+    (2, 3, 1, 5)
+  """
+  if array.ndim == 2:
+    return fn(array)
+  out = jax.lax.map(fn, array.reshape(-1, *array.shape[-2:]))
+  return out.reshape(*array.shape[:-2], *out.shape[1:])
+
+
 def _to_native(codes: jax.Array, bits: int, group_size: int) -> jax.Array:
   del group_size
   signed = codes.astype(jnp.int16) - 2 ** (bits - 1)
@@ -158,6 +200,28 @@ def _from_gs32(packed: jax.Array, bits: int, group_size: int, rows: int) -> jax.
   return jnp.stack(groups, axis=1).reshape(-1, packed.shape[1])[:rows].astype(jnp.uint8)
 
 
+def _to_gs8(codes: jax.Array, bits: int, group_size: int) -> jax.Array:
+  n, quarter = 8 // bits, group_size // 4
+  tiles = _tiles(codes, n * group_size).reshape(-1, n, quarter, 4, codes.shape[1])
+  tiles = tiles.astype(jnp.uint32)
+  words = jnp.zeros((tiles.shape[0], quarter, codes.shape[1]), jnp.uint32)
+  for j in range(n):
+    for byte in range(4):
+      words = words | (tiles[:, j, :, byte] << (8 * byte + bits * j))
+  return jax.lax.bitcast_convert_type(words, jnp.int32).reshape(-1, codes.shape[1])
+
+
+def _from_gs8(packed: jax.Array, bits: int, group_size: int, rows: int) -> jax.Array:
+  n, quarter = 8 // bits, group_size // 4
+  words = jax.lax.bitcast_convert_type(packed, jnp.uint32).reshape(-1, quarter, packed.shape[1])
+  mask = jnp.uint32(2**bits - 1)
+  units = [
+    jnp.stack([(words >> (8 * byte + bits * j)) & mask for byte in range(4)], axis=2)
+    for j in range(n)
+  ]
+  return jnp.stack(units, axis=1).reshape(-1, packed.shape[1])[:rows].astype(jnp.uint8)
+
+
 LAYOUTS = {
   "bitstream": Layout(
     lambda codes, bits, group_size: packing.pack(codes, bits=bits),
@@ -167,6 +231,7 @@ LAYOUTS = {
   "native": Layout(_to_native, _from_native, tuple(range(1, 9))),
   "u8gs": Layout(_to_u8gs, _from_u8gs, (4,)),
   "gs32": Layout(_to_gs32, _from_gs32, (1, 2, 3, 4, 5)),
+  "gs8": Layout(_to_gs8, _from_gs8, (1, 2, 3, 4)),
 }
 
 
@@ -177,8 +242,8 @@ def _find(layout: str, bits: int, group_size: int) -> Layout:
   if bits not in found.widths:
     widths = ", ".join(map(str, found.widths))
     raise ValueError(f"layout {layout!r} holds codes of {widths} bits, not {bits}")
-  if layout == "gs32" and group_size != GROUP:
-    raise ValueError(f"layout 'gs32' takes groups of {GROUP} rows, not {group_size}")
+  if layout in ("gs32", "gs8") and group_size != GROUP:
+    raise ValueError(f"layout {layout!r} takes groups of {GROUP} rows, not {group_size}")
   return found
 
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from treesurgeon.core import leaves
 
 
-def matmul(x: Float[Array, "*batch rows"], leaf: Any) -> Float[Array, "*batch cols"]:
+def matmul(x: Num[Array, "*batch rows"], leaf: Any) -> Float[Array, "*batch cols"]:
   """Multiply by the dense value of any leaf.
 
   Args:
-    x: activations.
+    x: activations; integers count as float32.
     leaf: array or compressed leaf, logical shape (rows, cols).
 
   Returns:
@@ -28,6 +28,7 @@ def matmul(x: Float[Array, "*batch rows"], leaf: Any) -> Float[Array, "*batch co
     >>> matmul(jnp.ones((1, 2)), leaves.LowRank(jnp.ones((2, 1)), jnp.ones((1, 3)))).tolist()
     [[2.0, 2.0, 2.0]]
   """
+  x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
   return dot(x, leaves.dense(leaf).astype(x.dtype))
 
 

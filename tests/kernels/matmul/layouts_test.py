@@ -41,6 +41,17 @@ def test_gs32_words(bits):
     np.testing.assert_array_equal((word >> (16 + bits * j)) % 2**bits, codes[j * 128 + 2 * r + 1])
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_gs8_words(bits):
+  n = 8 // bits
+  codes = draw(128 * n, bits).astype(np.int64)
+  words = layouts.encode(jnp.asarray(codes, jnp.uint8), layout="gs8", bits=bits, group_size=128)
+  for r, j, b in itertools.product([0, 31], range(n), range(4)):
+    word = np.asarray(words)[r].astype(np.int64) & 0xFFFFFFFF
+    got = (word >> (8 * b + bits * j)) % 2**bits
+    np.testing.assert_array_equal(got, codes[j * 128 + 4 * r + b])
+
+
 def test_native_is_signed():
   packed = layouts.encode(jnp.asarray([[0], [7]], jnp.uint8), layout="native", bits=3, group_size=2)
   assert packed.dtype == jnp.int4

@@ -93,6 +93,23 @@ def test_formats_of_few_values(format, bits, tokens, target):
   check(spec, target, leaf=dataclasses.replace(shapes, codes=codes, scales=scales))
 
 
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_quantized_inputs(bits):
+  spec = arg_specs.ArgSpec(3, 300, 40, bits, symmetric=bits == 4)
+  x, weight = arg_specs.operands(spec, KEY)
+  leaf = leaves.ActivationQuantized(weight, None)
+  ready = kernels.prepare(leaf, target="tpu-v6e")
+  params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+  with pltpu.force_tpu_interpret_mode(params):
+    got = kernels.matmul(x, ready, implementation="tpu")
+  scales = leaf.scales_of(x)
+  units = np.asarray(leaf.codes_of(x, scales), np.float64)
+  expected = units @ np.asarray(weight.dense(), np.float64) * np.asarray(scales, np.float64)
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+  elsewhere = kernels.matmul(x, ready)
+  np.testing.assert_allclose(elsewhere, kernels.matmul(x, leaf), rtol=1e-5, atol=1e-5)
+
+
 def test_steps_over_rows_add_up():
   spec = arg_specs.ArgSpec(2, 8 * 1024, 40, 2, symmetric=False)
   leaf = kernels.prepare(arg_specs.operands(spec, KEY)[1], target="tpu-v5e")
@@ -167,7 +184,7 @@ def test_refusals():
 
 
 def test_blocks():
-  assert tpu.blocks(7, 100) == (7, 100)
-  assert tpu.blocks(7, 300) == (7, 128)
-  assert tpu.blocks(1000, 28672) == (256, 512)
+  assert tpu.blocks(7, 128) == (7, 128)
+  assert tpu.blocks(7, 384) == (7, 128)
+  assert tpu.blocks(1000, 28672) == (256, 1024)
   assert isinstance(kernels.prepare(small()[1], target="tpu7x"), prepared.PreparedTensor)

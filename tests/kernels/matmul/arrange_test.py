@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from treesurgeon import kernels
 from treesurgeon.core import formats, leaves
 from treesurgeon.kernels import devices
-from treesurgeon.kernels.matmul import arg_specs, prepared
+from treesurgeon.kernels.matmul import arg_specs, arrange, layouts, prepared
 
 KEY = jax.random.key(0)
 SIZES = (16, 32, 64, 128, 256, 384)
@@ -97,12 +97,26 @@ def test_trees_and_sums_are_walked():
   tree = {"a": total, "b": jnp.ones(2), "c": leaves.ActivationQuantized(leaf, None)}
   ready = kernels.prepare(tree, target="tpu-v5e")
   assert isinstance(ready["a"].parts[0], prepared.PreparedTensor)
-  assert isinstance(ready["c"].weight, leaves.QuantizedTensor)
+  assert ready["c"].weight.layout == "gs8"
   same(kernels.restore(ready), tree)
+  again = kernels.prepare(ready, target="tpu-v5e")
+  assert again["a"].parts[0] is ready["a"].parts[0]
+  same(again, ready)
+  other = kernels.prepare(ready, target="tpu7x")  # it has no faster integers
+  assert (other["c"].weight.layout, other["c"].weight.inputs) == ("native", "bfloat16")
+
+
+def test_quantized_inputs_that_no_kernel_takes():
+  plain = draw()
+  floats = leaves.ActivationQuantized(plain, None, format="e4m3fn")
+  dense = leaves.ActivationQuantized(jnp.ones((4, 2)), None)
+  odd = leaves.ActivationQuantized(draw(group_size=96), None)
+  for leaf in (floats, dense, odd):
+    assert kernels.prepare(leaf, target="tpu-v5e").weight is leaf.weight
 
 
 def test_what_no_kernel_takes_stays_and_is_told_once(caplog):
-  prepared._say.cache_clear()
+  arrange._say.cache_clear()
   leaf = draw(group_size=96)
   with caplog.at_level(logging.WARNING):
     assert kernels.prepare(leaf, target="tpu-v5e") is leaf
@@ -122,7 +136,7 @@ def test_reasons():
     (dataclasses.replace(plain, rows=9000, group_size=8192), "up to 6144 rows or of all, not 8192"),
     (leaves.LowRank(jnp.ones((2, 1)), jnp.ones((1, 3))), "not LowRank"),
   ):
-    assert reason in prepared.unsupported(leaf)
+    assert reason in arrange.unsupported(leaf)
 
 
 def test_other_platforms_need_nothing():
@@ -132,15 +146,19 @@ def test_other_platforms_need_nothing():
     kernels.prepare(leaf, target="h200")
 
 
+def test_long_groups_of_narrow_codes_go_as_bytes():
+  assert arrange.arrangement(10_000, 1, 640, "tpu-v6e")[0] == "native"
+
+
 @pytest.mark.parametrize("target", devices.DEVICES)
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 8])
 def test_steps_cover_the_rows_with_little_filling(width, target):
   for rows in (1, 128, 4096, 11008, 14336, 28672):
     for size in (32, 128, 640, rows):
-      layout, step, steps = prepared.arrangement(rows, width, size, target)
-      assert step <= prepared.MOST_UNITS and step * steps * 128 >= rows
+      layout, step, steps = arrange.arrangement(rows, width, size, target)
+      assert step <= arrange.MOST_UNITS and step * steps * 128 >= rows
       units = -(-rows // 128)
-      fields = 16 // width if layout == "gs32" else 1
+      fields = layouts.tile(layout, width)[0]
       assert step % fields == 0 and (size >= rows or size <= 128 or step % (size // 128) == 0)
       if size <= 128 and units >= 32:
         assert step * steps <= 1.12 * units

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rearrange quantized matrices for a device and back: once, before a model runs, and exactly."""
+
+import dataclasses
+import functools
+import logging
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from treesurgeon.core import formats, leaves, packing
+from treesurgeon.core.leaves import base
+from treesurgeon.kernels import devices
+from treesurgeon.kernels.matmul import layouts, prepared
+
+UNIT = layouts.GROUP
+MOST_UNITS = 48  # that one step of the kernel unrolls: 32 are 4096 rows
+# Composite leaves whose parts are multiplied by themselves.
+_COMPOSITE = (
+  leaves.Sum,
+  leaves.LowRank,
+  leaves.Rotated,
+  leaves.SplitRows,
+  leaves.ClusteredColumns,
+)
+
+
+def prepare(tree: Any, *, target: str | None = None) -> Any:
+  """Arrange the quantized kernels of a tree as a device reads them.
+
+  Leaves that no kernel takes stay as they are, and `matmul` multiplies by them in plain XLA; the
+  log says why, once. Preparing again changes nothing; for another device it rearranges.
+
+  Args:
+    tree: parameters, or one leaf.
+    target: name from `devices.DEVICES`; None is the device of this process, and what is not
+      among them needs no preparation.
+
+  Returns:
+    The tree.
+
+  Raises:
+    ValueError: for an unknown target.
+
+  Example:
+    >>> leaf = leaves.QuantizedTensor(jnp.zeros((64, 8), jnp.uint8), jnp.ones((1, 8)), None, None,
+    ...                               rows=128, cols=8, bits=4, group_size=128)
+    >>> prepare(leaf, target="tpu-v6e").codes.dtype.name
+    'int4'
+  """
+  name = devices.here() if target is None else target
+  if name is None:
+    return tree
+  devices.find(name)
+  return _walk(tree, name)
+
+
+def restore(tree: Any) -> Any:
+  """Undo `prepare`, bit for bit: what files and other methods take.
+
+  Args:
+    tree: parameters, or one leaf.
+
+  Returns:
+    The tree with `QuantizedTensor` leaves.
+
+  Example:
+    >>> restore(jnp.ones(2)).tolist()
+    [1.0, 1.0]
+  """
+  is_prepared = lambda node: isinstance(node, prepared.PreparedTensor)
+  return jax.tree.map(lambda n: n.restore() if is_prepared(n) else n, tree, is_leaf=is_prepared)
+
+
+def unsupported(leaf: Any) -> str:
+  """Say why no kernel takes a leaf.
+
+  Args:
+    leaf: compressed leaf.
+
+  Returns:
+    The reason, or "".
+
+  Example:
+    >>> unsupported(leaves.LowRank(jnp.ones((2, 1)), jnp.ones((1, 3))))
+    'it takes QuantizedTensor, not LowRank'
+  """
+  if not isinstance(leaf, leaves.QuantizedTensor):
+    return f"it takes QuantizedTensor, not {type(leaf).__name__}"
+  if leaf.format not in ("int", *prepared.LINEAR):
+    return f"it takes integers, ternary and sign codes, not format {leaf.format!r}"
+  if leaf.group_cols != 1 or base.is_leaf(leaf.scales) or base.is_leaf(leaf.zeros):
+    return "it takes groups of rows with plain scales"
+  if leaf.group_index is not None:
+    return "it takes groups of consecutive rows, not a group_index"
+  size = leaf.group_size
+  if size < leaf.rows and size % UNIT and (UNIT % size or size % 16):
+    return f"it takes groups of 16, 32, 64 or a multiple of {UNIT} rows, not {size}"
+  if size < leaf.rows and size // UNIT > MOST_UNITS:
+    return f"it takes groups of up to {MOST_UNITS * UNIT} rows or of all, not {size}"
+  return ""
+
+
+def arrangement(
+  rows: int, width: int, group_size: int, target: str, *, integers: bool = False
+) -> tuple[str, int, int]:
+  """Choose layout and step: few rows of filling, few steps.
+
+  Args:
+    rows: of the matrix.
+    width: bits of a code.
+    group_size: rows of a group.
+    target: name of the device.
+    integers: whether inputs are 8-bit integers.
+
+  Returns:
+    (layout, units of a step, steps).
+
+  Example:
+    >>> arrangement(4096, 4, 128, "tpu-v5e"), arrangement(14336, 2, 128, "tpu-v6e")
+    (('gs32', 32, 1), ('gs32', 40, 3))
+  """
+  device = devices.find(target)
+  if integers and device.integers:
+    layout = "gs8" if width <= 4 else "native"
+  else:
+    layout = "gs32" if width in (1, 2, 3, 5) or width == 4 and not device.converts else "native"
+  units = -(-rows // UNIT)
+  whole = 1 if group_size >= rows else max(1, group_size // UNIT)
+  multiple = math.lcm(layouts.tile(layout, width)[0], whole)
+  if multiple > MOST_UNITS:  # a long group and many codes to a word: as bytes it fits
+    layout, multiple = "native", whole
+  sizes = range(multiple, MOST_UNITS + 1, multiple)
+  # A step costs about as much as four units.
+  step = min(sizes, key=lambda s: (-(-units // s) * (s + 4), s))
+  return layout, step, -(-units // step)
+
+
+def _walk(node: Any, target: str) -> Any:
+  if isinstance(node, prepared.PreparedTensor):
+    return node if node.target == target else _walk(node.restore(), target)
+  if isinstance(node, leaves.QuantizedTensor):
+    reason = unsupported(node)
+    if reason:
+      _say(reason)
+      return node
+    return _prepare(node, target)
+  if isinstance(node, leaves.ActivationQuantized) and takes_integers(node):
+    weight = node.weight
+    if isinstance(weight, prepared.PreparedTensor):
+      weight = weight if weight.target == target else weight.restore()
+    if not isinstance(weight, leaves.QuantizedTensor):
+      return node
+    reason = unsupported(weight)
+    if reason:
+      _say(reason)
+      return node
+    return dataclasses.replace(node, weight=_prepare(weight, target, integers=True))
+  if leaves.is_leaf(node) and not isinstance(node, _COMPOSITE):
+    return node
+  inner = lambda child: child is not node and leaves.is_leaf(child)
+  return jax.tree.map(lambda c: _walk(c, target) if leaves.is_leaf(c) else c, node, is_leaf=inner)
+
+
+@functools.cache
+def _say(reason: str) -> None:
+  logging.getLogger(__name__).warning("some kernels stay in plain XLA: %s", reason)
+
+
+def takes_integers(leaf: leaves.ActivationQuantized) -> bool:
+  """Tell whether inputs become integers of up to 8 bits, by which a prepared weight is multiplied.
+
+  Args:
+    leaf: kernel with quantized inputs.
+
+  Returns:
+    Whether they do.
+
+  Example:
+    >>> takes_integers(leaves.ActivationQuantized(jnp.ones((2, 1)), None))
+    True
+  """
+  return leaf.format == "int" and leaf.bits <= 8
+
+
+@functools.partial(jax.jit, static_argnames=("target", "integers"))
+def _prepare(
+  leaf: leaves.QuantizedTensor, target: str, integers: bool = False
+) -> prepared.PreparedTensor:
+  width = prepared.LINEAR[leaf.format][0] if leaf.format in prepared.LINEAR else leaf.bits
+  layout, step, steps = arrangement(leaf.rows, width, leaf.group_size, target, integers=integers)
+
+  def codes_of(stream: jax.Array) -> jax.Array:
+    if leaf.format == "ternary":
+      codes = formats.unpack_trits(stream, rows=leaf.rows)
+    else:
+      codes = packing.unpack(stream, bits=leaf.bits, rows=leaf.rows)
+    codes = jnp.pad(codes, [(0, step * steps * UNIT - leaf.rows), (0, -leaf.cols % UNIT)])
+    return layouts.encode(codes, layout=layout, bits=width, group_size=UNIT)
+
+  def grouped(part: Any) -> Any:
+    if part is None:
+      return None
+    # What kernels can load; uint8 is exact in bfloat16.
+    exact = part.dtype in (jnp.dtype("float32"), jnp.dtype("bfloat16"))
+    part = part.astype(part.dtype if exact else _loadable(part.dtype))
+    part = jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, -leaf.cols % UNIT)])
+    if leaf.group_size >= leaf.rows:
+      return part[..., None, :, :]
+    groups = step * UNIT // leaf.group_size
+    missing = steps * groups - part.shape[-2]
+    part = jnp.pad(part, [(0, 0)] * (part.ndim - 2) + [(0, missing), (0, 0)])
+    part = part.reshape(*part.shape[:-2], steps, groups, part.shape[-1])
+    # Whole tiles of eight rows: others are copied before each product on some chips.
+    return jnp.pad(part, [(0, 0)] * (part.ndim - 2) + [(0, -groups % 8), (0, 0)])
+
+  zeros = "" if leaf.zeros is None else jnp.dtype(leaf.zeros.dtype).name
+  return prepared.PreparedTensor(
+    layouts.over_batch(codes_of, leaf.codes), grouped(leaf.scales), grouped(leaf.zeros),
+    rows=leaf.rows, cols=leaf.cols, bits=leaf.bits, group_size=leaf.group_size, store=leaf.store,
+    format=leaf.format, layout=layout, step=step, target=target,
+    dtypes=(jnp.dtype(leaf.scales.dtype).name, zeros),
+    inputs="int8" if integers and devices.find(target).integers else "bfloat16",
+  )  # fmt: skip
+
+
+def _loadable(dtype: Any) -> Any:
+  return jnp.bfloat16 if dtype == jnp.uint8 else jnp.float32

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""One block of a product with a prepared matrix: what `tpu.py` runs in each step of its grid.
+
+Some dozens of units of 128 rows are unrolled. Integers become bfloat16 `base + code` in a handful
+of vector instructions and go to the matrix unit. What scale and zero point do to it depends on the
+number of tokens:
+
+* few, or a chip that computes no bfloat16 (post): each group's partial product is corrected and
+  scaled, `y += s (x_g @ (base + u) - (base + z) sum(x_g))`. Exact but for the sums' order: the
+  operands are the bfloat16 activations and integers, and the sum is over the same activations.
+* many (pre): the weights are made whole first, `w = (u - z) s` in bfloat16, and two units go into
+  one product, which a matrix unit of 256 rows needs. Scale and weight are rounded to bfloat16.
+
+Words of `gs32` hold a code in any place of the half-word. A bfloat16 has seven mantissa bits, so
+codes of b bits may stay at places 0 to 7 - b: at place p, or-ing the exponent of 2^(7 - p) in gives
+`2^(7 - p) + code`. Units that differ by less than that share one shift.
+
+Activations that are 8-bit integers are multiplied by integers, on chips that are faster so, and by
+bfloat16, in which they are exact, on the other.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from treesurgeon.kernels.matmul import layouts
+
+UNIT = layouts.GROUP
+_MANTISSA = 7
+
+
+def multiply(
+  x_ref: Any,
+  codes_ref: Any,
+  scales_ref: Any,
+  *refs: Any,
+  units: int,
+  width: int,
+  layout: str,
+  size: int,
+  zero: float,
+  factor: float,
+  pre: bool,
+  steps: int,
+  has_zeros: bool,
+) -> None:
+  """Multiply a block of tokens by a block of columns, in one step over the rows.
+
+  Args:
+    x_ref: activations, (tokens, units x 128).
+    codes_ref, scales_ref: of the prepared leaf.
+    *refs: zero points if it has any; the output; a float32 sum of its shape if there are steps.
+    units: of 128 rows.
+    width: bits of a code.
+    layout: of the codes.
+    size: rows of a group.
+    zero: the zero point of all, if there are none.
+    factor: of the result.
+    pre: whether weights are scaled before the product, instead of the product.
+    steps: over the rows.
+    has_zeros: whether there are zero points.
+  """
+  refs_left = list(refs)
+  zeros_ref = refs_left.pop(0) if has_zeros else None
+  out_ref, *scratch = refs_left
+  scales = scales_ref[...].astype(jnp.float32)
+  zeros = None if zeros_ref is None else zeros_ref[...].astype(jnp.float32)
+  if layout == "native":
+    decode = _native(codes_ref, width, x_ref.dtype)
+  else:
+    decode = (_words if layout == "gs32" else _bytes)(codes_ref, width)
+  if pre:
+    y = _pre(x_ref, decode, scales, zeros, units, size, zero)
+  else:
+    y = _post(x_ref, decode, scales, zeros, units, size, zero)
+  if steps == 1:
+    out_ref[...] = (y * factor if factor != 1 else y).astype(out_ref.dtype)
+    return
+  (total_ref,) = scratch
+  k = pl.program_id(2)
+
+  @pl.when(k == 0)
+  def _() -> None:
+    total_ref[...] = y
+
+  @pl.when(k > 0)
+  def _() -> None:
+    total_ref[...] += y
+
+  @pl.when(k == steps - 1)
+  def _() -> None:
+    total = total_ref[...]
+    out_ref[...] = (total * factor if factor != 1 else total).astype(out_ref.dtype)
+
+
+def _post(
+  x_ref: Any, decode: Any, scales: Any, zeros: Any, units: int, size: int, zero: float
+) -> jax.Array:
+  """Scale partial products of groups."""
+  depth = min(size, UNIT)
+  sums = jnp.int32 if x_ref.dtype == jnp.int8 else jnp.float32
+  total = part = None
+  for unit in range(units):
+    w, base = decode(unit)
+    x_unit = x_ref[:, unit * UNIT : (unit + 1) * UNIT]
+    for first in range(0, UNIT, depth):
+      group = (unit * UNIT + first) // size
+      x = x_unit[:, first : first + depth]
+      y = jnp.dot(x, w[first : first + depth], preferred_element_type=sums).astype(jnp.float32)
+      shift = base + (zero if zeros is None else zeros[group : group + 1, :])
+      if zeros is not None or shift:
+        x_sum = x.astype(sums).sum(axis=1, keepdims=True).astype(jnp.float32)
+        y = y - x_sum * shift
+      part = y if part is None else part + y
+      ends = (unit * UNIT + first + depth) % size == 0 or unit == units - 1 and size > UNIT
+      if ends:
+        part = part * scales[group : group + 1, :]
+        total = part if total is None else total + part
+        part = None
+  assert total is not None
+  return total
+
+
+def _pre(
+  x_ref: Any, decode: Any, scales: Any, zeros: Any, units: int, size: int, zero: float
+) -> jax.Array:
+  """Scale weights; two units a product."""
+
+  def spread(rows: jax.Array, unit: int) -> jax.Array:
+    """Take the unit's groups and repeat them to its rows, in bfloat16."""
+    if size >= UNIT:
+      group = unit * UNIT // size
+      return rows[group : group + 1, :].astype(jnp.bfloat16)
+    count = UNIT // size
+    few = rows[unit * count : (unit + 1) * count, :].astype(jnp.bfloat16)
+    return jnp.concatenate(
+      [jnp.broadcast_to(few[i : i + 1, :], (size, few.shape[1])) for i in range(count)]
+    )
+
+  total = None
+  for first in range(0, units, 2):
+    made = []
+    for unit in range(first, min(first + 2, units)):
+      w, base = decode(unit)
+      if zeros is None:
+        shift = base + zero
+        if shift != math.floor(shift):  # of signs: exact in two steps only
+          w, shift = w - jnp.bfloat16(base), zero
+        w = w - jnp.bfloat16(shift) if shift else w
+      else:
+        w = (w - jnp.bfloat16(base) if base else w) - spread(zeros, unit)
+      made.append(w * spread(scales, unit))
+    w = jnp.concatenate(made) if len(made) > 1 else made[0]
+    x = x_ref[:, first * UNIT : first * UNIT + w.shape[0]]
+    y = jnp.dot(x, w, preferred_element_type=jnp.float32)
+    total = y if total is None else total + y
+  assert total is not None
+  return total
+
+
+def _native(ref: Any, width: int, dtype: Any) -> Any:
+  """Convert signed codes: base + code with base = -2^(width - 1)."""
+
+  def decode(unit: int) -> tuple[jax.Array, float]:
+    return ref[unit * UNIT : (unit + 1) * UNIT, :].astype(dtype), -(2.0 ** (width - 1))
+
+  return decode
+
+
+def _words(ref: Any, width: int) -> Any:
+  """Take codes out of gs32 words."""
+  fields = 16 // width
+  apart = ((_MANTISSA - width) // width + 1) * width  # shifts are multiples of this
+  shifted: dict[tuple[int, int], jax.Array] = {}
+
+  def decode(unit: int) -> tuple[jax.Array, float]:
+    tile, field = divmod(unit, fields)
+    shift = width * field // apart * apart
+    place = width * field - shift
+    if (tile, shift) not in shifted:
+      word = ref[tile * (UNIT // 2) : (tile + 1) * (UNIT // 2), :]
+      shifted[tile, shift] = lax.shift_right_logical(word, jnp.int32(shift)) if shift else word
+    exponent = (127 + _MANTISSA - place) << _MANTISSA
+    pair = shifted[tile, shift] & _both((2**width - 1) << place) | _both(exponent)
+    return pltpu.bitcast(pair, jnp.bfloat16), 2.0 ** (_MANTISSA - place)
+
+  return decode
+
+
+def _bytes(ref: Any, width: int) -> Any:
+  """Take codes out of gs8 words."""
+  fields = 8 // width
+  mask = jnp.int32((2**width - 1) * 0x01010101)
+
+  def decode(unit: int) -> tuple[jax.Array, float]:
+    tile, field = divmod(unit, fields)
+    word = ref[tile * (UNIT // 4) : (tile + 1) * (UNIT // 4), :]
+    word = lax.shift_right_logical(word, jnp.int32(width * field)) if field else word
+    return pltpu.bitcast(word & mask, jnp.int8), 0.0
+
+  return decode
+
+
+def _both(half: int) -> jax.Array:
+  """Put a positive half-word into both halves of an int32."""
+  return jnp.int32(half << 16 | half)
