@@ -24,7 +24,6 @@ from treesurgeon import models
 from treesurgeon.core import leaves, paths, programs
 from treesurgeon.core import model as model_lib
 
-WRITES = ("attn/o", "mlp/down")  # kernels whose outputs are added to the stream
 TABLES = ("embed/tokens/embedding", "embed/positions/embedding", "embed/types/embedding")
 
 
@@ -41,8 +40,28 @@ def reads(spec: models.Spec) -> dict[str, tuple[str, ...]]:
     >>> reads(models.Spec(vocab_size=5, d_model=4, num_layers=1, num_heads=1, d_ff=8))
     {'attn_norm': ('attn/q', 'attn/k', 'attn/v'), 'mlp_norm': ('mlp/gate', 'mlp/up')}
   """
-  attn, mlp = ("attn/q", "attn/k", "attn/v"), ("mlp/gate", "mlp/up") if spec.gated else ("mlp/up",)
+  parts = ("gate", "up") if spec.gated else ("up",)
+  attn = ("attn/q", "attn/k", "attn/v")
+  mlp = (("mlp/router",) if spec.num_experts else ()) + tuple(
+    f"{block}/{part}" for block in spec.feed_forwards() for part in parts
+  )
   return {"attn_norm": attn + mlp} if spec.shared_norm else {"attn_norm": attn, "mlp_norm": mlp}
+
+
+def writes(spec: models.Spec) -> tuple[str, ...]:
+  """List the kernels of a layer whose outputs are added to the stream.
+
+  Args:
+    spec: the architecture.
+
+  Returns:
+    Names within a layer without "/kernel".
+
+  Example:
+    >>> writes(models.Spec(vocab_size=5, d_model=4, num_layers=1, num_heads=1, d_ff=8))
+    ('attn/o', 'mlp/down')
+  """
+  return ("attn/o", *(f"{block}/down" for block in spec.feed_forwards()))
 
 
 def fold_norms(m: model_lib.Model) -> model_lib.Model:
@@ -136,7 +155,7 @@ def turn(
     out = dict(flat)
     for name in readers:
       out[f"{name}/kernel"] = into(flat[f"{name}/kernel"], q)
-    for name in WRITES:
+    for name in writes(spec):
       for leaf in (f"{name}/kernel", f"{name}/bias"):
         if leaf in flat:
           out[leaf] = onto(flat[leaf], q)
@@ -174,8 +193,8 @@ def check(m: model_lib.Model) -> None:
       f"a norm {where} cannot be folded into the kernels behind it; valid: norm_place='pre' and no "
       "norm of the embeddings"
     )
-  if spec.num_experts:
-    raise ValueError(f"num_experts={spec.num_experts}: a stream that experts read is not turned")
+  if spec.num_experts and spec.norm == "layer":
+    raise ValueError("norm='layer' folds into biases, which a router has not; valid: norm='rms'")
   if spec.shortcuts:
     raise ValueError("a stream with shortcut matrices changes its basis already (SliceGPT)")
   if spec.mlm_head or spec.pooler:
@@ -223,7 +242,7 @@ def _fold(params: Mapping[str, Any], *, spec: models.Spec) -> dict[str, Any]:
         _absorb(out, name, gain, bias)
       out[f"{norm}/scale"] = _neutral(spec, flat[f"{norm}/scale"])
       out.pop(f"{norm}/bias", None)
-    for name in WRITES:
+    for name in writes(spec):
       w = flat[f"{name}/kernel"]
       out[f"{name}/kernel"] = _centred(w) if layered else w
       if f"{name}/bias" in flat and layered:

@@ -23,11 +23,12 @@ SPECS = {
     "mlp_bias": True, "gated": False, "activation": "gelu",
   },
   "no biases": {"norm": "layer", "norm_bias": False, "gated": False},
+  "mixtral": {"num_experts": 3, "experts_per_token": 2},
   "biases appear": {"norm": "layer", "d_ff": (12, 8)},
   "gptj": {"norm": "layer", "parallel": True, "shared_norm": True, "head_bias": True},
 }  # fmt: skip
 
-QUICK = ("tied gemma", "gpt2")
+QUICK = ("tied gemma", "gpt2", "mixtral")
 
 
 def draw(spec, seed=1):
@@ -88,7 +89,7 @@ def test_storage_dtypes_stay_and_shapes_are_known_beforehand():
     ({"norm_place": "post"}, "norm_place='post' cannot be folded"),
     ({"kind": "encoder", "embed_norm": True}, "a norm after the embeddings cannot be folded"),
     ({"norm": "layer", "final_norm": False}, "without a final norm"),
-    ({"num_experts": 2, "experts_per_token": 1}, "num_experts=2: a stream that experts read"),
+    ({"num_experts": 2, "experts_per_token": 1, "norm": "layer"}, "biases, which a router has not"),
     ({"kind": "encoder", "mlm_head": True}, "heads of an encoder"),
   ],
 )

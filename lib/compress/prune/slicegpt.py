@@ -162,7 +162,7 @@ def _layer(
   before, after = {"attn": q[0], "mlp": q[-2]}, {"attn": q[1], "mlp": q[-1]}
   for name in (n for names in residual.reads(spec).values() for n in names):
     out[f"{name}/kernel"] = residual.into(flat[f"{name}/kernel"], before[name.split("/")[0]])
-  for name in residual.WRITES:
+  for name in residual.writes(spec):
     for leaf in (f"{name}/kernel", f"{name}/bias"):
       if leaf in flat:
         out[leaf] = residual.onto(flat[leaf], after[name.split("/")[0]])

@@ -33,7 +33,7 @@ from treesurgeon.core import model as model_lib
 
 PLACES = ("stream", "heads")  # what hides in the weights
 EVERY = (*PLACES, "down")
-DOWN = "mlp/down/kernel"
+DOWN = "down/kernel"  # ends its name, of each expert's too
 
 
 def start(
@@ -64,8 +64,6 @@ def start(
     raise ValueError(f"a {type(spec).__name__} cannot be turned; valid: a models.Spec")
   if "stream" in places:
     residual.check(m)
-  if "down" in places and spec.num_experts:
-    raise ValueError(f"num_experts={spec.num_experts}: what down reads in experts is not turned")
   packed = [a for a, x in paths.walk(m.params).items() if leaves.is_leaf(x)]
   if packed:
     raise ValueError(f"{packed[0]} is compressed; turn the network before that")
@@ -193,4 +191,7 @@ def _start(key: jax.Array, *, width: int, layers: int, head: int) -> dict[str, j
 
 
 def _hold(params: Mapping[str, Any]) -> dict[str, Any]:
-  return residual.over_layers(params, lambda flat: {**flat, DOWN: leaves.Rotated.of(flat[DOWN])})
+  def hold(flat: Mapping[str, Any]) -> dict[str, Any]:
+    return {n: leaves.Rotated.of(x) if n.endswith(DOWN) else x for n, x in flat.items()}
+
+  return residual.over_layers(params, hold)

@@ -187,8 +187,8 @@ def _rounded(flat: Mapping[str, jax.Array], *, bits: int, down: bool) -> dict[st
   """Round kernels to nearest on a grid a column; gradients pass as if nothing were rounded."""
   out = dict(flat)
   for name, w in flat.items():
-    if name.endswith("kernel"):
-      held, turned = jax.lax.stop_gradient(w), down and name == quarot.DOWN
+    if name.endswith("kernel") and "/router/" not in name:
+      held, turned = jax.lax.stop_gradient(w), down and name.endswith(quarot.DOWN)
       inner = leaves.Rotated.of(held).weight if turned else held
       fitted = grids.fit(inner, bits=bits, group_size=w.shape[-2], symmetric=True)
       near = grids.dequantize(grids.round_to(inner, fitted, bits=bits), fitted, bits=bits)
@@ -200,9 +200,10 @@ def _rounded(flat: Mapping[str, jax.Array], *, bits: int, down: bool) -> dict[st
 def _round_inputs(name: str, x: jax.Array, layer: jax.Array, *, bits: int, down: bool) -> jax.Array:
   """Round what kernels read, token by token, as `compress.quantize.activations` does."""
   del layer
-  if name not in INPUTS:
+  into_down = name.endswith("down/in")
+  if name not in INPUTS and not into_down:  # what enters the experts was rounded once at "mlp/in"
     return x
-  held, turned = jax.lax.stop_gradient(x), down and name == "mlp/down/in"
+  held, turned = jax.lax.stop_gradient(x), down and into_down
   inner = hadamard.transform(held) if turned else held
   how = leaves.ActivationQuantized(None, None, bits=bits)
   scales = how.scales_of(inner)

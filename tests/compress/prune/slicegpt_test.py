@@ -25,6 +25,7 @@ SPECS = {
     "norm": "layer", "positions": "learned", "tied": True, "o_bias": True, "gated": False,
     "activation": "gelu",
   },
+  "mixtral": {"num_experts": 3, "experts_per_token": 2, "family": "mixtral"},
   "gptj": {"norm": "layer", "parallel": True, "shared_norm": True},
 }  # fmt: skip
 
@@ -50,6 +51,7 @@ def fits(m):
     ("llama", True),
     pytest.param("llama", False, marks=pytest.mark.slow),
     pytest.param("gpt2", True, marks=pytest.mark.slow),
+    pytest.param("mixtral", True, marks=pytest.mark.slow),
     pytest.param("gptj", True, marks=pytest.mark.slow),
   ],
 )

@@ -28,6 +28,7 @@ SPECS = {
     "gated": False, "num_kv_heads": 4, "head_dim": 12,
   },
 }  # fmt: skip
+MIXTURE = {"num_experts": 3, "experts_per_token": 2, "family": "mixtral"}
 W4A4 = rtn.rtn(bits=4) + activations.activations(bits=4)
 W3A3 = rtn.rtn(bits=3) + activations.activations(bits=3)
 LEARN = {"bits": 3, "inputs": 3, "steps": 40}
@@ -43,7 +44,8 @@ def read(name, x):
 @functools.cache
 def planted(kind="llama"):
   """Draws a model, two of whose channels are outliers of the whole stream."""
-  spec, rng = dataclasses.replace(SPEC, **SPECS[kind]), np.random.default_rng(0)
+  fields = MIXTURE if kind == "mixtral" else SPECS[kind]
+  spec, rng = dataclasses.replace(SPEC, **fields), np.random.default_rng(0)
   shapes = jax.eval_shape(lambda: models.init(spec, jax.random.key(0)))
 
   def draw(x):
@@ -102,6 +104,18 @@ def test_outputs_are_kept(kind, places):
   assert out.spec.tied == (m.spec.tied and "stream" not in places)
   changed = [a for a in m.addresses() if a in out.addresses() and not same(m.leaf(a), out.leaf(a))]
   assert any("mlp" in a for a in changed) == ("stream" in places)
+
+
+@pytest.mark.parametrize("learn", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_mixtures_are_turned_router_and_experts_alike(learn):
+  m, made = planted("mixtral"), {"places": quarot.EVERY}
+  out = apply(
+    spinquant.spinquant(**made, **LEARN | {"steps": 2}) if learn else quarot.quarot(**made), m
+  )
+  np.testing.assert_allclose(logits(out), logits(m), atol=1e-4 * np.abs(logits(m)).max())
+  assert isinstance(out.leaf("layers/1/mlp/experts/2/down/kernel"), leaves.Rotated)
+  assert not same(m.leaf("layers/0/mlp/router/kernel"), out.leaf("layers/0/mlp/router/kernel"))
+  assert hf.unsupported(out.spec) == ()
 
 
 def same(a, b):
@@ -246,8 +260,5 @@ def test_what_cannot_be_turned_is_named():
   post = model.Model(dataclasses.replace(SPEC, norm_place="post", family="treesurgeon"), {})
   with pytest.raises(ValueError, match="norm_place='post' cannot be folded"):
     quarot.start(post, jax.random.key(0))
-  mixture = dataclasses.replace(SPEC, num_experts=2, experts_per_token=1)
-  with pytest.raises(ValueError, match="num_experts=2: what down reads in experts is not turned"):
-    quarot.start(model.Model(mixture, {}), jax.random.key(0), ("down",))
   with pytest.raises(ValueError, match="is compressed; "):
     quarot.start(rtn.rtn()[0].apply(planted(), {}, jax.random.key(0)), jax.random.key(0))
