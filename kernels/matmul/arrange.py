@@ -133,8 +133,8 @@ def arrangement(
   if multiple > MOST_UNITS:  # a long group and many codes to a word: as bytes it fits
     layout, multiple = "native", whole
   sizes = range(multiple, MOST_UNITS + 1, multiple)
-  # A step costs about as much as four units.
-  step = min(sizes, key=lambda s: (-(-units // s) * (s + 4), s))
+  # A step costs about as much as four units, filling up the activations as much as six.
+  step = min(sizes, key=lambda s: (-(-units // s) * (s + 4) + 6 * (units % s > 0), s))
   return layout, step, -(-units // step)
 
 

@@ -5,6 +5,7 @@ Here are the choice of blocks, the call, and the gradient; the arithmetic is in 
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -13,13 +14,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Num
 
+from treesurgeon.core import leaves
 from treesurgeon.kernels import devices
 from treesurgeon.kernels.matmul import layouts, prepared, reference, tpu_block
 
 UNIT = layouts.GROUP
 TOKENS = 256  # of a block
 PRE = 96  # from so many tokens on weights are scaled, where the chip computes with bfloat16
-VMEM = 60 << 20
+CODES = 13 << 19  # bytes of a block of codes, of which two are in the chip's fast memory
+VMEM = 32 << 20  # of 64 or 128 MiB; XLA counts this and what is used, and needs some itself
 
 
 def unsupported(x: jax.Array, leaf: Any) -> str:
@@ -67,28 +70,34 @@ def matmul(
     The product, accumulated in float32.
   """
   flat = x.reshape(-1, leaf.rows)
-  block = block or blocks(flat.shape[0], leaf.codes.shape[-1])
+  block = block or blocks(flat.shape[0], leaf)
   y: jax.Array = _product(jnp.dtype(dtype).name, block, flat, leaf)  # pyright: ignore
   return y.reshape(*x.shape[:-1], leaf.cols)
 
 
-def blocks(tokens: int, cols: int) -> tuple[int, int]:
+def blocks(tokens: int, leaf: prepared.PreparedTensor) -> tuple[int, int]:
   """Choose the block of the grid: long transfers, yet a first one that is a small part.
 
   Args:
     tokens: rows of the activations.
-    cols: of the matrix, filled up to a multiple of 128.
+    leaf: the matrix, arrays or their shapes.
 
   Returns:
     (tokens, columns) of a block.
 
   Example:
-    >>> blocks(16, 4096), blocks(300, 4096), blocks(1, 14336)
-    ((16, 1024), (256, 1024), (1, 2048))
+    >>> from treesurgeon.core import leaves
+    >>> w = leaves.QuantizedTensor(jnp.zeros((512, 4096), jnp.uint8), jnp.ones((1, 4096)), None,
+    ...                            None, rows=1024, cols=4096, bits=4, group_size=1024)
+    >>> from treesurgeon.kernels.matmul import arrange
+    >>> blocks(300, arrange.prepare(w, target="tpu-v6e"))
+    (256, 1024)
   """
+  cols = leaf.codes.shape[-1]
   most = 2048 if tokens <= 64 and cols >= 8192 else 1024
-  width = max(UNIT, min(most, cols // 4 // UNIT * UNIT))
-  return min(tokens, TOKENS), width
+  fits = CODES // (leaves.nbytes(leaf.codes) // cols // math.prod(leaf.batch) // leaf.steps)
+  width = min(most, fits, cols // 4) // UNIT * UNIT
+  return min(tokens, TOKENS), max(UNIT, width)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from treesurgeon import kernels
 from treesurgeon.core import leaves
 from treesurgeon.kernels import devices
-from treesurgeon.kernels.matmul import api, arg_specs, prepared, reference, tpu
+from treesurgeon.kernels.matmul import api, arg_specs, reference, tpu
 
 KEY = jax.random.key(1)
 BFLOAT16 = ml_dtypes.bfloat16
@@ -47,7 +47,7 @@ def check(spec, target, format="int", leaf=None):
   x, drawn = arg_specs.operands(spec, KEY)
   leaf = leaf or drawn
   ready = kernels.prepare(leaf, target=target)
-  block = tpu.blocks(spec.tokens, spec.cols)
+  block = tpu.blocks(spec.tokens, ready)
   scaled = devices.find(target).converts and block[0] >= tpu.PRE
   expected = exact(x, leaf, scaled)
   got = interpreted(x, ready)
@@ -183,8 +183,16 @@ def test_refusals():
   assert kernels.matmul(x[:0], ready).shape == (0, 8)
 
 
-def test_blocks():
-  assert tpu.blocks(7, 128) == (7, 128)
-  assert tpu.blocks(7, 384) == (7, 128)
-  assert tpu.blocks(1000, 28672) == (256, 1024)
-  assert isinstance(kernels.prepare(small()[1], target="tpu7x"), prepared.PreparedTensor)
+@pytest.mark.parametrize(
+  ("format", "shape", "block"),
+  [
+    ("int4", (7, 512, 100), (7, 128)),
+    ("int4", (7, 512, 384), (7, 128)),
+    ("int4", (1000, 4096, 28672), (256, 1024)),
+    ("int4", (1, 4096, 14336), (1, 2048)),
+    ("int8", (1, 4096, 14336), (1, 1664)),
+  ],
+)
+def test_blocks(format, shape, block):
+  _, (_, leaf) = arg_specs.product(format, *shape, 128, "tpu7x")
+  assert tpu.blocks(shape[0], leaf) == block
