@@ -46,9 +46,13 @@ def pytest_configure(config: pytest.Config) -> None:
   jax.config.update("jax_numpy_rank_promotion", "raise")
   gc.set_threshold(50_000, 20, 50)  # looking for garbage took a thirtieth of the time
   if not names_peers(config):
-    # Nearly all the time of these tests goes into compiling, and LLVM's optimizations are a quarter
-    # of it. Peers are compared with what users run.
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    # Nearly all the time of these tests goes into compiling: LLVM's optimizations are a quarter of
+    # it, and what is left falls to a quarter with the former way of emitting fusions, which later
+    # versions do not have. Peers are compared with what users run.
+    fast = ["--xla_backend_optimization_level=0"]
+    if jax.__version_info__ < (0, 11):
+      fast.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join(fast)
   else:
     for line in PEERS_WARNINGS:
       config.addinivalue_line("filterwarnings", line)
