@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-SECONDS = 0.1  # that a program takes to compile, for it to be kept
+SECONDS = 0.01  # that a program takes to compile, for it to be kept
 
 
 def folder() -> Path:
