@@ -4,9 +4,9 @@
   python tests/peers/gptqmodel_oneshot.py gptq4 MODEL TOKENS.npy OUT [GROUP]
 
 One whole command: it loads the model, calibrates on the rows of tokens, quantizes and saves. The
-case is "gptq", the bits, and "order" for activation order, "inturn" for none. On two cores its pool of threads is one
-short of what its loader asks for, which is told to it; it asks for a tokenizer beside the model,
-and leaves logs where it runs.
+case is "gptq", the bits, and "order" for activation order, "inturn" for none. On two cores its pool
+of threads is one short of what its loader asks for, which is told to it; it asks for a tokenizer
+beside the model, and leaves logs where it runs.
 """
 
 import os
