@@ -137,7 +137,8 @@ def compile_for(fn: Callable[..., Any], args: Sequence[Any], target: str) -> Any
   mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
-  return jax.jit(fn).lower(*shapes).compile()
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # it tells kernels which chip it is
+    return jax.jit(fn).lower(*shapes).compile()
 
 
 def critical_path(lines: Iterable[str]) -> tuple[int, int]:

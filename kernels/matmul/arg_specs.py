@@ -125,7 +125,8 @@ def product(
 
   Args:
     format: "bf16", "int1" to "int8", "ternary" or "sign"; with "-a8" at the end inputs are
-      quantized to 8 bits, with "-xla" the matrix is dequantized in plain XLA and multiplied.
+      quantized to 8 bits, "-dx" is the gradient of the inputs from that of the product, and for
+      "-xla" the matrix is dequantized in plain XLA and multiplied.
     tokens, rows, cols: the product is (tokens, rows) @ (rows, cols).
     group_size: rows of a group.
     target: name of the device.
@@ -153,6 +154,12 @@ def product(
   if how == "a8":
     leaf = leaves.ActivationQuantized(leaf, None)
   leaf = jax.eval_shape(lambda w: arrange.prepare(w, target=target), leaf)
+  if how == "dx":
+    dy = jax.ShapeDtypeStruct((tokens, cols), x.dtype)
+    pull = lambda dy, leaf: jax.vjp(lambda x: api.matmul(x, leaf), jnp.zeros(x.shape, x.dtype))[1](
+      dy
+    )
+    return pull, (dy, leaf)
   if experts:
     stack = lambda a: jax.ShapeDtypeStruct((experts, *a.shape), a.dtype)
     return jax.vmap(api.matmul), jax.tree.map(stack, (x, leaf))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Num
 
 from treesurgeon.core import leaves
 from treesurgeon.kernels import devices
-from treesurgeon.kernels.matmul import layouts, prepared, reference, tpu_block
+from treesurgeon.kernels.matmul import layouts, prepared, reference, tpu_block, tpu_transposed
 
 UNIT = layouts.GROUP
 TOKENS = 256  # of a block
@@ -114,13 +114,21 @@ def _forward(
 
 
 def _backward(dtype: str, block: tuple[int, int], kept: Any, g: jax.Array) -> tuple[Any, Any]:
-  del dtype, block
+  del dtype
   x, leaf = kept
-  pull = jax.vjp(reference.matmul, x, leaf)[1]
-  return pull(g.astype(jnp.float32))
+  # The scales' gradients materialise the matrix; where nobody asks for them they are not compiled.
+  dx, dleaf = jax.vjp(reference.matmul, x, leaf)[1](g.astype(jnp.float32))
+  if not leaf.integers:
+    pre = _scales_weights(block[0], leaf)
+    dx = tpu_transposed.matmul(g, leaf, dtype=x.dtype, width=min(block[1], 1024), pre=pre)
+  return dx, dleaf
 
 
 _product.defvjp(_forward, _backward)
+
+
+def _scales_weights(tokens: int, leaf: prepared.PreparedTensor) -> bool:
+  return devices.find(leaf.target).converts and tokens >= PRE and not leaf.integers
 
 
 def _call(
@@ -137,7 +145,6 @@ def _call(
   scale_at = (lambda m, n, k: (0, 0, n)) if one_group else (lambda m, n, k: (k, 0, n))
   code_rows = leaf.codes.shape[0] // steps
   parts = [leaf.scales] if leaf.zeros is None else [leaf.scales, leaf.zeros]
-  device = devices.find(leaf.target)
   kernel = functools.partial(
     tpu_block.multiply,
     units=units,
@@ -146,7 +153,7 @@ def _call(
     size=units * UNIT if one_group else leaf.group_size,
     zero=leaf.zero,
     factor=leaf.factor,
-    pre=device.converts and rows_of_block >= PRE and not leaf.integers,
+    pre=_scales_weights(rows_of_block, leaf),
     steps=steps,
     has_zeros=leaf.zeros is not None,
   )

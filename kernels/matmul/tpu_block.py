@@ -20,6 +20,7 @@ bfloat16, in which they are exact, on the other.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -70,10 +71,7 @@ def multiply(
   out_ref, *scratch = refs_left
   scales = scales_ref[...].astype(jnp.float32)
   zeros = None if zeros_ref is None else zeros_ref[...].astype(jnp.float32)
-  if layout == "native":
-    decode = _native(codes_ref, width, x_ref.dtype)
-  else:
-    decode = (_words if layout == "gs32" else _bytes)(codes_ref, width)
+  decode = decoder(codes_ref, width=width, layout=layout, dtype=x_ref.dtype)
   if pre:
     y = _pre(x_ref, decode, scales, zeros, units, size, zero)
   else:
@@ -96,6 +94,65 @@ def multiply(
   def _() -> None:
     total = total_ref[...]
     out_ref[...] = (total * factor if factor != 1 else total).astype(out_ref.dtype)
+
+
+def decoder(
+  ref: Any, *, width: int, layout: str, dtype: Any
+) -> Callable[[int], tuple[jax.Array, float]]:
+  """Choose how units are decoded.
+
+  Args:
+    ref: block of codes.
+    width: bits of a code.
+    layout: of the codes.
+    dtype: of the activations.
+
+  Returns:
+    A function from the number of a unit to (base + codes, base), 128 rows in `dtype`.
+  """
+  if layout == "native":
+    return _native(ref, width, dtype)
+  return (_words if layout == "gs32" else _bytes)(ref, width)
+
+
+def scaled(
+  decode: Any, scales: jax.Array, zeros: jax.Array | None, *, size: int, zero: float
+) -> Callable[[int], jax.Array]:
+  """Make weights whole: `(u - z) s` in bfloat16, scales and zero points rounded to it.
+
+  Args:
+    decode: what `decoder` returned, for bfloat16.
+    scales, zeros: of the block's groups, float32.
+    size: rows of a group.
+    zero: the zero point if there are no `zeros`.
+
+  Returns:
+    A function from the number of a unit to its 128 rows.
+  """
+
+  def spread(rows: jax.Array, unit: int) -> jax.Array:
+    """Take the unit's groups and repeat them to its rows."""
+    if size >= UNIT:
+      group = unit * UNIT // size
+      return rows[group : group + 1, :].astype(jnp.bfloat16)
+    count = UNIT // size
+    few = rows[unit * count : (unit + 1) * count, :].astype(jnp.bfloat16)
+    return jnp.concatenate(
+      [jnp.broadcast_to(few[i : i + 1, :], (size, few.shape[1])) for i in range(count)]
+    )
+
+  def weights(unit: int) -> jax.Array:
+    w, base = decode(unit)
+    if zeros is None:
+      shift = base + zero
+      if shift != math.floor(shift):  # of signs: exact in two steps only
+        w, shift = w - jnp.bfloat16(base), zero
+      w = w - jnp.bfloat16(shift) if shift else w
+    else:
+      w = (w - jnp.bfloat16(base) if base else w) - spread(zeros, unit)
+    return w * spread(scales, unit)
+
+  return weights
 
 
 def _post(
@@ -130,31 +187,10 @@ def _pre(
   x_ref: Any, decode: Any, scales: Any, zeros: Any, units: int, size: int, zero: float
 ) -> jax.Array:
   """Scale weights; two units a product."""
-
-  def spread(rows: jax.Array, unit: int) -> jax.Array:
-    """Take the unit's groups and repeat them to its rows, in bfloat16."""
-    if size >= UNIT:
-      group = unit * UNIT // size
-      return rows[group : group + 1, :].astype(jnp.bfloat16)
-    count = UNIT // size
-    few = rows[unit * count : (unit + 1) * count, :].astype(jnp.bfloat16)
-    return jnp.concatenate(
-      [jnp.broadcast_to(few[i : i + 1, :], (size, few.shape[1])) for i in range(count)]
-    )
-
+  weights = scaled(decode, scales, zeros, size=size, zero=zero)
   total = None
   for first in range(0, units, 2):
-    made = []
-    for unit in range(first, min(first + 2, units)):
-      w, base = decode(unit)
-      if zeros is None:
-        shift = base + zero
-        if shift != math.floor(shift):  # of signs: exact in two steps only
-          w, shift = w - jnp.bfloat16(base), zero
-        w = w - jnp.bfloat16(shift) if shift else w
-      else:
-        w = (w - jnp.bfloat16(base) if base else w) - spread(zeros, unit)
-      made.append(w * spread(scales, unit))
+    made = [weights(unit) for unit in range(first, min(first + 2, units))]
     w = jnp.concatenate(made) if len(made) > 1 else made[0]
     x = x_ref[:, first * UNIT : first * UNIT + w.shape[0]]
     y = jnp.dot(x, w, preferred_element_type=jnp.float32)
