@@ -13,8 +13,8 @@ any to any, exactly.
   n = 16 // bits, row 2r at bit `bits j` and row 2r + 1 at bit `16 + bits j`: a shift, a mask and
   an `or` make two bfloat16 `128 + code` lie side by side.
 * `gs8`: 1 to 4 bits, units of 128 rows. Word [32 i + r] holds, for unit `i n + j` with
-  n = 8 // bits, row 4r + b at bit `8 b + bits j`: a shift and a mask make four int8 lie side by
-  side.
+  n = 8 // bits, row 4r + b at bit `8 b + bits j`, all in two's complement (code minus
+  2**(bits - 1)): a shift to the tops of the bytes and a mask make four int8 lie side by side.
 """
 
 from collections.abc import Callable
@@ -203,7 +203,7 @@ def _from_gs32(packed: jax.Array, bits: int, group_size: int, rows: int) -> jax.
 def _to_gs8(codes: jax.Array, bits: int, group_size: int) -> jax.Array:
   n, quarter = 8 // bits, group_size // 4
   tiles = _tiles(codes, n * group_size).reshape(-1, n, quarter, 4, codes.shape[1])
-  tiles = tiles.astype(jnp.uint32)
+  tiles = tiles.astype(jnp.uint32) ^ 2 ** (bits - 1)
   words = jnp.zeros((tiles.shape[0], quarter, codes.shape[1]), jnp.uint32)
   for j in range(n):
     for byte in range(4):
@@ -214,9 +214,9 @@ def _to_gs8(codes: jax.Array, bits: int, group_size: int) -> jax.Array:
 def _from_gs8(packed: jax.Array, bits: int, group_size: int, rows: int) -> jax.Array:
   n, quarter = 8 // bits, group_size // 4
   words = jax.lax.bitcast_convert_type(packed, jnp.uint32).reshape(-1, quarter, packed.shape[1])
-  mask = jnp.uint32(2**bits - 1)
+  mask, half = jnp.uint32(2**bits - 1), jnp.uint32(2 ** (bits - 1))
   units = [
-    jnp.stack([(words >> (8 * byte + bits * j)) & mask for byte in range(4)], axis=2)
+    jnp.stack([(words >> (8 * byte + bits * j)) & mask ^ half for byte in range(4)], axis=2)
     for j in range(n)
   ]
   return jnp.stack(units, axis=1).reshape(-1, packed.shape[1])[:rows].astype(jnp.uint8)

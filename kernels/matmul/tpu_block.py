@@ -75,7 +75,8 @@ def multiply(
   if pre:
     y = _pre(x_ref, decode, scales, zeros, units, size, zero)
   else:
-    y = _post(x_ref, decode, scales, zeros, units, size, zero)
+    gain = 2.0 ** (8 - width) if layout == "gs8" else 1.0
+    y = _post(x_ref, decode, scales / gain, zeros, units, size, zero, gain)
   if steps == 1:
     out_ref[...] = (y * factor if factor != 1 else y).astype(out_ref.dtype)
     return
@@ -108,7 +109,8 @@ def decoder(
     dtype: of the activations.
 
   Returns:
-    A function from the number of a unit to (base + codes, base), 128 rows in `dtype`.
+    A function from the number of a unit to (base + codes, base), 128 rows in `dtype`; gs8 gives
+    2^(8 - width) times that.
   """
   if layout == "native":
     return _native(ref, width, dtype)
@@ -156,9 +158,16 @@ def scaled(
 
 
 def _post(
-  x_ref: Any, decode: Any, scales: Any, zeros: Any, units: int, size: int, zero: float
+  x_ref: Any,
+  decode: Any,
+  scales: Any,
+  zeros: Any,
+  units: int,
+  size: int,
+  zero: float,
+  gain: float,
 ) -> jax.Array:
-  """Scale partial products of groups."""
+  """Scale partial products of groups; decoded weights are `gain` times what they stand for."""
   depth = min(size, UNIT)
   sums = jnp.int32 if x_ref.dtype == jnp.int8 else jnp.float32
   total = part = None
@@ -169,7 +178,7 @@ def _post(
       group = (unit * UNIT + first) // size
       x = x_unit[:, first : first + depth]
       y = jnp.dot(x, w[first : first + depth], preferred_element_type=sums).astype(jnp.float32)
-      shift = base + (zero if zeros is None else zeros[group : group + 1, :])
+      shift = gain * (base + (zero if zeros is None else zeros[group : group + 1, :]))
       if zeros is not None or shift:
         x_sum = x.astype(sums).sum(axis=1, keepdims=True).astype(jnp.float32)
         y = y - x_sum * shift
@@ -229,17 +238,24 @@ def _words(ref: Any, width: int) -> Any:
 
 
 def _bytes(ref: Any, width: int) -> Any:
-  """Take codes out of gs8 words."""
+  """Take codes out of gs8 words, to the top of their bytes: 2^(8 - width) (code - half), signed."""
   fields = 8 // width
-  mask = jnp.int32((2**width - 1) * 0x01010101)
+  mask = jnp.int32(_four((2**width - 1) << (8 - width)))
 
   def decode(unit: int) -> tuple[jax.Array, float]:
     tile, field = divmod(unit, fields)
     word = ref[tile * (UNIT // 4) : (tile + 1) * (UNIT // 4), :]
-    word = lax.shift_right_logical(word, jnp.int32(width * field)) if field else word
-    return pltpu.bitcast(word & mask, jnp.int8), 0.0
+    left = 8 - width - width * field
+    word = lax.shift_left(word, jnp.int32(left)) if left else word
+    return pltpu.bitcast(word & mask, jnp.int8), -(2.0 ** (width - 1))
 
   return decode
+
+
+def _four(byte: int) -> int:
+  """Repeat a byte to an int32."""
+  word = byte * 0x01010101
+  return word - 2**32 if word >= 2**31 else word
 
 
 def _both(half: int) -> jax.Array:

@@ -49,7 +49,8 @@ def test_gs8_words(bits):
   for r, j, b in itertools.product([0, 31], range(n), range(4)):
     word = np.asarray(words)[r].astype(np.int64) & 0xFFFFFFFF
     got = (word >> (8 * b + bits * j)) % 2**bits
-    np.testing.assert_array_equal(got, codes[j * 128 + 4 * r + b])
+    signed = (codes[j * 128 + 4 * r + b] - 2 ** (bits - 1)) % 2**bits
+    np.testing.assert_array_equal(got, signed)
 
 
 def test_native_is_signed():
