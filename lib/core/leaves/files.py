@@ -44,6 +44,9 @@ def to_parts(leaf: base.Leaf) -> tuple[dict[str, Any], dict[str, Any]]:
     (description, arrays): the description rebuilds the leaf through `from_parts`; a part that is
     a leaf in turn is described under its field's name, its arrays named "field.part".
 
+  Raises:
+    ValueError: for a leaf arranged for a device.
+
   Example:
     >>> import jax.numpy as jnp
     >>> meta, arrays = to_parts(low_rank.LowRank(jnp.ones((2, 1)), jnp.ones((1, 3))))
@@ -59,6 +62,11 @@ def to_parts(leaf: base.Leaf) -> tuple[dict[str, Any], dict[str, Any]]:
       metas.append(meta)
       arrays.update({f"{i}.{k}".rstrip("."): v for k, v in named.items()})
     return {"type": "Sum", "parts": metas}, arrays
+  if type(leaf).__name__ not in TYPES:
+    raise ValueError(
+      f"{type(leaf).__name__} has no form in files, which hold {', '.join(TYPES)}; what "
+      "kernels.prepare arranged for a device kernels.restore gives back"
+    )
   arrays, static = {}, {}
   for field in dataclasses.fields(leaf):  # pyright: ignore[reportArgumentType]
     value = getattr(leaf, field.name)

@@ -139,6 +139,12 @@ def test_reasons():
     assert reason in arrange.unsupported(leaf)
 
 
+def test_files_do_not_take_it():
+  ready = kernels.prepare(draw(), target="tpu-v5e")
+  with pytest.raises(ValueError, match="PreparedTensor has no form in files.*restore gives back"):
+    leaves.to_parts(ready)
+
+
 def test_other_platforms_need_nothing():
   leaf = draw()
   assert kernels.prepare(leaf) is leaf
