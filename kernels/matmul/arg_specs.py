@@ -139,7 +139,7 @@ def product(
 
   Example:
     >>> product("int4", 1, 256, 8, 128, "tpu-v5e")[1][1].codes.shape
-    (64, 8)
+    (64, 128)
   """
   x = jax.ShapeDtypeStruct((tokens, rows), jnp.bfloat16)
   if format == "bf16":
