@@ -180,7 +180,7 @@ def _post(
       y = jnp.dot(x, w[first : first + depth], preferred_element_type=sums).astype(jnp.float32)
       shift = gain * (base + (zero if zeros is None else zeros[group : group + 1, :]))
       if zeros is not None or shift:
-        x_sum = x.astype(sums).sum(axis=1, keepdims=True).astype(jnp.float32)
+        x_sum = _sum(x_unit.astype(sums), first, depth).astype(jnp.float32)
         y = y - x_sum * shift
       part = y if part is None else part + y
       ends = (unit * UNIT + first + depth) % size == 0 or unit == units - 1 and size > UNIT
@@ -190,6 +190,14 @@ def _post(
         part = None
   assert total is not None
   return total
+
+
+def _sum(x: jax.Array, first: int, count: int) -> jax.Array:
+  """Add up some columns. Others are masked: to cut columns out of a register takes longer."""
+  if count < UNIT:
+    lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    x = jnp.where((lane >= first) & (lane < first + count), x, jnp.zeros_like(x))
+  return x.sum(axis=1, keepdims=True)
 
 
 def _pre(

@@ -228,3 +228,7 @@ def test_refusals():
 def test_blocks(format, shape, block):
   _, (_, leaf) = arg_specs.product(format, *shape, 128, "tpu7x")
   assert tpu.blocks(shape[0], leaf) == block
+
+
+def test_small_groups_have_sums_of_their_own():
+  check(arg_specs.ArgSpec(3, 300, 130, 2, 32, symmetric=False), "tpu-v5e")
