@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from treesurgeon.core import formats, leaves, packing
-from treesurgeon.kernels.matmul import api, arrange, prepared, reference, tpu
+from treesurgeon.kernels.matmul import api, arrange, reference, tpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ def quantized(spec: ArgSpec, format: str = "int") -> leaves.QuantizedTensor:
 
   Args:
     spec: shapes and bits.
-    format: "int", "ternary" or "sign".
+    format: of the codes.
 
   Returns:
     A leaf of `jax.ShapeDtypeStruct`.
@@ -124,7 +124,7 @@ def product(
   """Describe a product for `static_cost`: activations in bfloat16 by a matrix as a device has it.
 
   Args:
-    format: "bf16", "int1" to "int8", "ternary" or "sign"; with "-a8" at the end inputs are
+    format: "bf16", "int1" to "int8", "ternary", "sign" or "e2m1"; with "-a8" at the end inputs are
       quantized to 8 bits, "-dx" is the gradient of the inputs from that of the product, and for
       "-xla" the matrix is dequantized in plain XLA and multiplied.
     tokens, rows, cols: the product is (tokens, rows) @ (rows, cols).
@@ -145,8 +145,9 @@ def product(
   if format == "bf16":
     return api.matmul, (x, jax.ShapeDtypeStruct((rows, cols), jnp.bfloat16))
   format, _, how = format.partition("-")
-  name = format if format in prepared.LINEAR else "int"
-  bits = {"ternary": 2, "sign": 1}.get(format) or int(format.removeprefix("int"))
+  widths = {"ternary": 2, "sign": 1, "e2m1": 4}
+  name = format if format in widths else "int"
+  bits = widths.get(format) or int(format.removeprefix("int"))
   spec = ArgSpec(tokens, rows, cols, bits, group_size, symmetric, "bfloat16")
   leaf = quantized(spec, name)
   if how == "xla":

@@ -89,8 +89,8 @@ def unsupported(leaf: Any) -> str:
   """
   if not isinstance(leaf, leaves.QuantizedTensor):
     return f"it takes QuantizedTensor, not {type(leaf).__name__}"
-  if leaf.format not in ("int", *prepared.LINEAR):
-    return f"it takes integers, ternary and sign codes, not format {leaf.format!r}"
+  if prepared.line(leaf.format, leaf.bits) is None:
+    return f"it takes values in equal steps, up to 256 of them, not format {leaf.format!r}"
   if leaf.group_cols != 1 or base.is_leaf(leaf.scales) or base.is_leaf(leaf.zeros):
     return "it takes groups of rows with plain scales"
   if leaf.group_index is not None:
@@ -189,7 +189,9 @@ def takes_integers(leaf: leaves.ActivationQuantized) -> bool:
 def _prepare(
   leaf: leaves.QuantizedTensor, target: str, integers: bool = False
 ) -> prepared.PreparedTensor:
-  width = prepared.LINEAR[leaf.format][0] if leaf.format in prepared.LINEAR else leaf.bits
+  line = prepared.line(leaf.format, leaf.bits)
+  assert line is not None
+  width = line.width
   layout, step, steps = arrangement(leaf.rows, width, leaf.group_size, target, integers=integers)
 
   def codes_of(stream: jax.Array) -> jax.Array:
@@ -197,6 +199,8 @@ def _prepare(
       codes = formats.unpack_trits(stream, rows=leaf.rows)
     else:
       codes = packing.unpack(stream, bits=leaf.bits, rows=leaf.rows)
+    if line.codes is not None:
+      codes = jnp.asarray(line.codes)[codes]
     codes = jnp.pad(codes, [(0, step * steps * UNIT - leaf.rows), (0, -leaf.cols % UNIT)])
     return layouts.encode(codes, layout=layout, bits=width, group_size=UNIT)
 

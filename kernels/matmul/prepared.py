@@ -12,11 +12,13 @@ exactly and reversibly, and products with what it returns run the kernel of `tpu
 * for inputs quantized to 8 bits, where the chip multiplies int8 at twice the speed (not tpu7x),
   `gs8` up to 4 bits, and `int8` above.
 
-Ternary codes, five to a byte in files, have two bits here. Rows are filled up to whole units and
-steps, columns to a multiple of 128; scales are grouped by the step of the kernel that reads them.
+Ternary codes, five to a byte in files, have two bits here, and formats whose values are multiples
+of one number have the multiples for codes (`line`). Rows are filled up to whole units and steps,
+columns to a multiple of 128; scales are grouped by the step of the kernel that reads them.
 """
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +29,54 @@ from treesurgeon.core.leaves import base
 from treesurgeon.kernels.matmul import layouts
 
 UNIT = layouts.GROUP
-# Formats whose values are (code - zero) * factor: bits on the device, zero, factor.
-LINEAR = {"ternary": (2, 1.0, 1.0), "sign": (1, 0.5, 2.0)}
+
+
+class Line(NamedTuple):
+  """Codes of a device whose values are `(code - zero) * factor`.
+
+  Attributes:
+    width: bits of a code.
+    zero, factor: of the values.
+    codes: the device's code of each code in files, or None if they are the same.
+  """
+
+  width: int
+  zero: float
+  factor: float
+  codes: np.ndarray | None = None
+
+
+@functools.cache
+def line(format: str, bits: int) -> Line | None:
+  """Find codes in equal steps for a format, wider than its own if they must be.
+
+  Integers, ternary and sign codes are in equal steps; e2m1 and other small floats, and powers of
+  two, are multiples of their smallest value: twelve halves, so 5 bits, for e2m1. A minus zero
+  becomes a zero, and the code for what is no number becomes one.
+
+  Args:
+    format: of a QuantizedTensor.
+    bits: width of a code.
+
+  Returns:
+    The line, or None if it would need over 8 bits.
+
+  Example:
+    >>> line("e2m1", 4)[:3], line("nf", 4)
+    ((5, 12.0, 0.5), None)
+  """
+  known = {"int": Line(bits, 2.0 ** (bits - 1), 1.0), "ternary": Line(2, 1.0, 1.0),
+           "sign": Line(1, 0.5, 2.0)}  # fmt: skip
+  if format in known:
+    return known[format]
+  levels = np.nan_to_num(formats.levels(format, bits).astype(np.float64))
+  factor = np.abs(levels[levels != 0]).min()
+  steps = levels / factor
+  zero = -steps.min()
+  width = int(np.ceil(np.log2(steps.max() + zero + 1)))
+  if (steps != np.round(steps)).any() or width > 8:
+    return None
+  return Line(width, float(zero), float(factor), (steps + zero).astype(np.uint8))
 
 
 @base.container(("codes", "scales", "zeros"))
@@ -74,19 +122,16 @@ class PreparedTensor(base.Compressed):
     return jnp.dtype(self.store)
 
   @property
+  def line(self) -> "Line":
+    """What the device's codes stand for."""
+    found = line(self.format, self.bits)
+    assert found is not None
+    return found
+
+  @property
   def width(self) -> int:
     """Bits of a code on the device."""
-    return LINEAR[self.format][0] if self.format in LINEAR else self.bits
-
-  @property
-  def zero(self) -> float:
-    """The zero point where `zeros` is None."""
-    return LINEAR[self.format][1] if self.format in LINEAR else 2.0 ** (self.bits - 1)
-
-  @property
-  def factor(self) -> float:
-    """What scales are multiplied by."""
-    return LINEAR[self.format][2] if self.format in LINEAR else 1.0
+    return self.line.width
 
   @property
   def steps(self) -> int:
@@ -106,6 +151,8 @@ class PreparedTensor(base.Compressed):
       plain = layouts.decode(
         codes[:, : self.cols], layout=self.layout, bits=self.width, group_size=UNIT, rows=self.rows
       )
+      if self.line.codes is not None:
+        plain = jnp.asarray(_inverse(self.line.codes))[plain]
       if self.format == "ternary":
         return formats.pack_trits(plain)
       return packing.pack(plain, bits=self.bits)
@@ -128,3 +175,10 @@ class PreparedTensor(base.Compressed):
   def dense(self) -> jax.Array:
     """Dequantize in float32, return the storage dtype."""
     return self.restore().dense()
+
+
+def _inverse(codes: np.ndarray) -> np.ndarray:
+  """Invert a table; of codes that became the same the first comes back."""
+  back = np.zeros(256, np.uint8)
+  back[codes[::-1]] = np.arange(len(codes), dtype=np.uint8)[::-1]
+  return back

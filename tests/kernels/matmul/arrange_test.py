@@ -73,6 +73,21 @@ def test_formats_of_few_values_are_restored(format, bits):
   same(ready.restore(), leaf)
 
 
+@pytest.mark.parametrize(
+  ("format", "bits", "width"),
+  [("e2m1", 4, 5), ("e2m3", 6, 7), ("pow2", 3, 5), ("shift", 3, 5)],
+)
+@pytest.mark.parametrize("rows", [128, 300])
+def test_multiples_of_one_number_keep_their_values(format, bits, width, rows):
+  leaf = dataclasses.replace(draw(rows, 3, bits, 32), format=format)
+  ready = kernels.prepare(leaf, target="tpu-v6e")
+  assert ready.width == width
+  again = ready.restore()
+  same(again.dense() + 0.0, leaf.dense() + 0.0)  # minus zero is a zero
+  changed = np.asarray(again.integers() != leaf.integers())
+  assert not np.asarray(leaf.dense())[changed].any()
+
+
 def test_preparing_again_changes_nothing_and_for_another_device_rearranges():
   leaf = draw()
   one = kernels.prepare(leaf, target="tpu-v5e")
@@ -129,7 +144,7 @@ def test_reasons():
   index = jnp.zeros((1, 300), jnp.int32)
   plain = draw()
   for leaf, reason in (
-    (dataclasses.replace(plain, format="nf"), "not format 'nf'"),
+    (dataclasses.replace(plain, format="nf"), "up to 256 of them, not format 'nf'"),
     (dataclasses.replace(plain, group_index=index), "not a group_index"),
     (dataclasses.replace(plain, group_cols=2), "groups of rows with plain scales"),
     (draw(group_size=40), "not 40"),

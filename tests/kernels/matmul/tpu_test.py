@@ -230,5 +230,13 @@ def test_blocks(format, shape, block):
   assert tpu.blocks(shape[0], leaf) == block
 
 
+@pytest.mark.parametrize(("format", "bits"), [("e2m1", 4), ("e2m3", 6)])
+def test_formats_of_equal_steps(format, bits):
+  spec = arg_specs.ArgSpec(3, 300, 130, bits, 32)
+  leaf = dataclasses.replace(arg_specs.operands(spec, KEY)[1], format=format)
+  check(spec, "tpu-v6e", leaf=leaf)
+  check(dataclasses.replace(spec, tokens=100), "tpu-v6e", leaf=leaf)
+
+
 def test_small_groups_have_sums_of_their_own():
   check(arg_specs.ArgSpec(3, 300, 130, 2, 32, symmetric=False), "tpu-v5e")
