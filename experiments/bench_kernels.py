@@ -39,7 +39,7 @@ PRODUCT = "treesurgeon.kernels.matmul.arg_specs:product"
 FORMATS = ("int8", "int4", "int3", "int2", "ternary", "sign")
 SHAPES = {
   (1, 4096, 4096): FORMATS,
-  (16, 4096, 4096): (*FORMATS, "int8-a8", "int4-a8", "int2-a8"),
+  (16, 4096, 4096): (*FORMATS, "e2m1", "int8-a8", "int4-a8", "int2-a8"),
   (256, 4096, 4096): ("int8", "int4", "int3", "int2", "int8-a8"),
   (1024, 4096, 4096): ("int8", "int4"),
   (16, 4096, 14336): ("int8", "int4", "int4-xla", "int2"),
@@ -67,6 +67,9 @@ def target_of(target: str, format: str, tokens: int, rows: int, cols: int) -> fl
     >>> target_of("tpu-v6e", "int4", 256, 4096, 4096)
     1.8
   """
+  if "-" in format:
+    wanted = ("tpu-v6e", "int2-a8", 4096, 4096)
+    return 5.0 if (target, format, rows, cols) == wanted and tokens <= 16 else None
   if (rows, cols) == (4096, 14336):
     return 3.5 if format == "int4" and target in ("tpu-v5e", "tpu-v6e") else None
   if (rows, cols) != (4096, 4096):
@@ -75,8 +78,6 @@ def target_of(target: str, format: str, tokens: int, rows: int, cols: int) -> fl
     return 1 / 1.1
   if tokens > 16:
     return 1.8 if (target, format) == ("tpu-v6e", "int4") and tokens == 256 else 1.0
-  if (target, format) == ("tpu-v6e", "int2-a8"):
-    return 5.0
   if format in ("int2", "ternary"):
     return 5.5 if target == "tpu-v5e" else None
   last = target == "tpu7x"
