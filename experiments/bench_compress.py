@@ -239,7 +239,7 @@ def stream(folder: pathlib.Path, repeats: int) -> None:
 
   Args:
     folder: where to put the checkpoint and the results, which are removed.
-    repeats: runs of each; the fastest counts.
+    repeats: runs of each.
   """
   source = folder / "large"
   if not (source / "model.safetensors").is_file():
@@ -257,16 +257,17 @@ def stream(folder: pathlib.Path, repeats: int) -> None:
       "--transform=compress.quantize.rtn(bits=4, group_size=128)",
     ],
   }  # fmt: skip
-  best = {}
-  for name, command in commands.items():
-    for _ in range(repeats):
+  runs: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+  for _ in range(repeats):
+    for name, command in commands.items():  # in turn, for the disk is not always as fast
       shutil.rmtree(folder / "out", ignore_errors=True)
-      found = bench_merge.measure(command)
-      best[name] = min(best.get(name, found), found, key=lambda r: r["wall"])
-    _show({"case": name, **best[name]})
+      runs[name].append(bench_merge.measure(command))
   shutil.rmtree(folder / "out", ignore_errors=True)
-  share = best["cp"]["wall"] / best["rtn, streamed"]["wall"]
-  print(f"rtn, streamed: {share:.2f}x the speed of copying (target 0.5)")
+  middle = {n: sorted(found, key=lambda r: r["wall"])[repeats // 2] for n, found in runs.items()}
+  for name, found in middle.items():
+    _show({"case": name, **found, "walls": [round(r["wall"], 2) for r in runs[name]]})
+  share = middle["cp"]["wall"] / middle["rtn, streamed"]["wall"]
+  print(f"rtn, streamed: {share:.2f}x the speed of copying, by medians (target 0.5)")
 
 
 def _show(row: dict[str, Any]) -> None:
