@@ -20,6 +20,10 @@ from treesurgeon.kernels.matmul import api, arg_specs, reference, tpu, tpu_trans
 
 KEY = jax.random.key(1)
 BFLOAT16 = ml_dtypes.bfloat16
+EXACT = 3e-5  # of the largest value: sums in float32
+# Where the kernel rounds within to bfloat16, XLA on a CPU may keep what the interpreter told it to
+# round, which a TPU cannot.
+ROUNDED = 2e-3
 
 
 def interpreted(x, leaf, **more):
@@ -51,7 +55,8 @@ def check(spec, target, format="int", leaf=None):
   scaled = devices.find(target).converts and block[0] >= tpu.PRE
   expected = exact(x, leaf, scaled)
   got = interpreted(x, ready)
-  np.testing.assert_allclose(got, expected, rtol=0, atol=3e-5 * np.abs(expected).max() + 1e-5)
+  share = ROUNDED if scaled else EXACT
+  np.testing.assert_allclose(got, expected, rtol=0, atol=share * np.abs(expected).max() + 1e-5)
 
 
 @settings(max_examples=4, deadline=None)
@@ -183,12 +188,12 @@ def test_the_transposed_product_equals_float64(rows, cols, bits, group_size, sym
   scales = np.asarray(jnp.broadcast_to(leaf.spread(leaf.scales), (rows, cols)))
   scaled = (np.asarray(g)[:, None] * scales[None]).astype(BFLOAT16).astype(np.float64)
   expected = (scaled * units[None]).sum(axis=-1)
-  np.testing.assert_allclose(got, expected, rtol=0, atol=3e-5 * np.abs(expected).max())
+  np.testing.assert_allclose(got, expected, rtol=0, atol=ROUNDED * np.abs(expected).max())
   with pltpu.force_tpu_interpret_mode(params):
     got = tpu_transposed.matmul(g, ready, dtype=jnp.float32, width=128, pre=True)
   w = (units.astype(np.float32) * scales.astype(BFLOAT16).astype(np.float32)).astype(BFLOAT16)
   expected = np.asarray(g).astype(BFLOAT16).astype(np.float64) @ w.astype(np.float64).T
-  np.testing.assert_allclose(got, expected, rtol=0, atol=3e-5 * np.abs(expected).max())
+  np.testing.assert_allclose(got, expected, rtol=0, atol=ROUNDED * np.abs(expected).max())
 
 
 def test_stacked_layers():
