@@ -84,12 +84,15 @@ def target_of(target: str, format: str, tokens: int, rows: int, cols: int) -> fl
   return {"int4": 1.9 if last else 3.6, "int8": 1.6 if last else 1.9}.get(format)
 
 
-def forward(target: str, transform: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def forward(
+  target: str, transform: str, apart: bool = False
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
   """Describe a small decoder's forward pass of one token, its kernels quantized and prepared.
 
   Args:
     target: name of the device.
     transform: expression that quantizes, such as "compress.quantize.rtn(bits=4)".
+    apart: whether layers are segments of their own.
 
   Returns:
     (function, arguments), for `static_cost`.
@@ -99,7 +102,7 @@ def forward(target: str, transform: str) -> tuple[Callable[..., Any], tuple[Any,
   )
   params = models.init(spec, jax.random.key(0), dtype=jnp.bfloat16)
   small = drivers.run(registry.parse(transform), model.Model(spec, params))
-  ready = kernels.prepare(small.params, target=target)
+  ready = kernels.prepare(small.params, target=target, apart=apart)
   return lambda p, tokens: models.forward(spec, p, tokens).logits, (ready, jnp.ones((1, 1), int))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from treesurgeon import kernels
-from treesurgeon.core import leaves
+from treesurgeon.core import leaves, paths
 from treesurgeon.experiments import bench_kernels
 from treesurgeon.kernels import devices, static_cost
 
@@ -21,6 +21,16 @@ def test_the_forward_pass_is_the_same_function():
   got, expected = fn(ready, tokens), fn(kernels.restore(ready), tokens)
   np.testing.assert_allclose(got, expected, atol=0.03)
   assert jnp.abs(expected).max() > 0.5
+
+
+def test_layers_apart_are_the_same_function():
+  fn, (stacked, tokens) = bench_kernels.forward("tpu-v5e", RTN)
+  _, (apart, _) = bench_kernels.forward("tpu-v5e", RTN, apart=True)
+  assert list(apart["layers"]) == ["0:1", "1:2", "2:3"]
+  np.testing.assert_allclose(fn(apart, tokens), fn(stacked, tokens), atol=0.03)
+  again = paths.unflatten(paths.flatten(kernels.restore(apart)))
+  for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(kernels.restore(stacked)), strict=True):
+    np.testing.assert_array_equal(a, b)
 
 
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in list(devices.DEVICES)[1:]]
