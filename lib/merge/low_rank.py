@@ -27,6 +27,7 @@ def with_adapters(inner: step.Step) -> step.Step:
     The step. At an address all donors come as adapters or all come dense.
 
   Example:
+    >>> from treesurgeon.core import lifting
     >>> merge = lifting.over_leaves(lambda w, donors: changes(w, donors).sum(axis=0), hyper={},
     ...   wants={"donors": needs.Donors()}, raw=True, default=".*")
     >>> low = leaves.LowRank(jnp.ones((2, 1)), jnp.ones((1, 1)))
