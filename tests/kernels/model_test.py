@@ -43,5 +43,6 @@ def test_it_compiles_for_a_tpu_without_a_dense_kernel(target, bits):
   program = "treesurgeon.experiments.bench_kernels:forward"
   (cost,) = static_cost.measure([static_cost.Request(program, kwargs, target)], profile=False)
   assert not cost.error
-  # Layers are stacked, so each one's packed codes are sliced out; none becomes dense.
-  assert cost.temp_bytes < (4 * 256 * 256 + 3 * 256 * 512) * 2 / 3
+  # Layers are stacked, so each one's packed codes are sliced out, on v5p for both cores; a layer of
+  # dense kernels would take twice as much.
+  assert cost.temp_bytes < 4 * 256 * 256 + 3 * 256 * 512
