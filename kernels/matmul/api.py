@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from treesurgeon.core import hadamard, leaves
-from treesurgeon.kernels.matmul import prepared, reference, tpu, xla
+from treesurgeon.kernels.matmul import checks, prepared, reference, tpu, xla
 
 
 class Implementation(NamedTuple):
@@ -41,7 +41,7 @@ IMPLEMENTATIONS = {
 
 
 def matmul(
-  x: Float[Array, "*batch rows"], leaf: Any, *, implementation: str | None = None
+  x: Num[Array, "*batch rows"], leaf: Any, *, implementation: str | None = None
 ) -> Float[Array, "*batch cols"]:
   """Multiply activations by a kernel matrix, dense or compressed.
 
@@ -59,8 +59,9 @@ def matmul(
     `x @ leaf`, accumulated in float32, in the dtype of `x`.
 
   Raises:
-    ValueError: if shapes do not fit, or the named implementation cannot take the operands; the
-      message lists those that can.
+    ValueError: if shapes do not fit, if parts of a quantized leaf do not have its shape, if
+      activations are not floating point, or if the named implementation cannot take the operands;
+      the message lists those that can.
 
   Example:
     >>> matmul(jnp.ones((1, 2)), jnp.ones((2, 3))).tolist()
@@ -70,8 +71,14 @@ def matmul(
     raise ValueError(
       f"matmul has no implementation {implementation!r}; it has {', '.join(IMPLEMENTATIONS)}"
     )
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(f"matmul: x has dtype {x.dtype.name}; activations are floating point")
   if not leaves.is_leaf(leaf):
     return jnp.matmul(x, jnp.asarray(leaf).astype(x.dtype))
+  for place, part in checks.packed(leaf):
+    wrong = checks.disagreement(part)
+    if wrong:
+      raise ValueError(f"matmul: in the {type(part).__name__}{place} {wrong}")
   if leaf.ndim != 2 or x.shape[-1:] != (leaf.rows,):
     raise ValueError(
       f"matmul: x of shape {x.shape} does not fit a {type(leaf).__name__} of shape {leaf.shape}; "

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from treesurgeon.core import formats, leaves, packing, paths
 from treesurgeon.core.leaves import base
 from treesurgeon.kernels import devices
-from treesurgeon.kernels.matmul import layouts, prepared
+from treesurgeon.kernels.matmul import checks, layouts, prepared
 
 UNIT = layouts.GROUP
 MOST_UNITS = 48  # that one step of the kernel unrolls: 32 are 4096 rows
@@ -45,7 +45,8 @@ def prepare(tree: Any, *, target: str | None = None, apart: bool = False) -> Any
     The tree.
 
   Raises:
-    ValueError: for an unknown target.
+    ValueError: for an unknown target, for a quantized kernel whose parts do not have its shape,
+      and for scales that are NaN or infinite; the message says at which place.
 
   Example:
     >>> leaf = leaves.QuantizedTensor(jnp.zeros((64, 8), jnp.uint8), jnp.ones((1, 8)), None, None,
@@ -53,6 +54,10 @@ def prepare(tree: Any, *, target: str | None = None, apart: bool = False) -> Any
     >>> prepare(leaf, target="tpu-v6e").codes.dtype.name
     'int4'
   """
+  for place, leaf in checks.packed(tree):
+    wrong = checks.disagreement(leaf) or checks.not_finite(leaf)
+    if wrong:
+      raise ValueError(f"prepare: in the {type(leaf).__name__}{place} {wrong}")
   name = devices.here() if target is None else target
   if name is None:
     return tree

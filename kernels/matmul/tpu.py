@@ -16,7 +16,14 @@ from jaxtyping import Array, Float, Num
 
 from treesurgeon.core import leaves
 from treesurgeon.kernels import devices
-from treesurgeon.kernels.matmul import layouts, prepared, reference, tpu_block, tpu_transposed
+from treesurgeon.kernels.matmul import (
+  arrange,
+  layouts,
+  prepared,
+  reference,
+  tpu_block,
+  tpu_transposed,
+)
 
 UNIT = layouts.GROUP
 TOKENS = 256  # of a block
@@ -41,7 +48,9 @@ def unsupported(x: jax.Array, leaf: Any) -> str:
     'it takes what kernels.prepare made for a TPU, not LowRank'
   """
   if not isinstance(leaf, prepared.PreparedTensor):
-    return f"it takes what kernels.prepare made for a TPU, not {type(leaf).__name__}"
+    reason = f"it takes what kernels.prepare made for a TPU, not {type(leaf).__name__}"
+    refused = arrange.unsupported(leaf) if isinstance(leaf, leaves.QuantizedTensor) else ""
+    return f"{reason}, and prepare leaves this one: {refused}" if refused else reason
   wanted = ("int8",) if leaf.integers else ("bfloat16", "float32")
   if x.dtype.name not in wanted:
     return f"it takes activations in {' or '.join(wanted)}, not {x.dtype.name}"
