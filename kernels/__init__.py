@@ -8,5 +8,6 @@ A forward pass calls `kernels.matmul(x, leaf)` and never asks what the leaf is. 
 from treesurgeon.kernels.matmul.api import matmul as matmul
 from treesurgeon.kernels.matmul.arrange import prepare as prepare
 from treesurgeon.kernels.matmul.arrange import restore as restore
+from treesurgeon.kernels.matmul.shards import split as split
 
-__all__ = ["matmul", "prepare", "restore"]
+__all__ = ["matmul", "prepare", "restore", "split"]

@@ -78,7 +78,8 @@ def matmul(
   for place, part in checks.packed(leaf):
     wrong = checks.disagreement(part)
     if wrong:
-      raise ValueError(f"matmul: in the {type(part).__name__}{place} {wrong}")
+      hint = "; within shard_map, take shards from kernels.split"
+      raise ValueError(f"matmul: in the {type(part).__name__}{place} {wrong}{hint}")
   if leaf.ndim != 2 or x.shape[-1:] != (leaf.rows,):
     raise ValueError(
       f"matmul: x of shape {x.shape} does not fit a {type(leaf).__name__} of shape {leaf.shape}; "
