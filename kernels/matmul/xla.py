@@ -4,7 +4,9 @@
 XLA materialises `x @ dequantize(codes)` on every platform: for a 4096x4096 matrix 64 MiB of
 temporaries and ten times the time of a dense product on a CPU. Two formulations avoid it.
 
-`chunked` scans over runs of about 128 rows whose decoded tile stays in a cache. `grouped` is one
+`chunked` scans over runs of about 128 rows whose decoded tile stays in a cache; one token is
+multiplied as the codes are decoded, without a tile. Codes up to 8 bits are exact in bfloat16, so
+that activations in bfloat16 need no wider products. `grouped` is one
 batched product over all groups, for accelerators with few tokens. Both read the bitstream as
 strided planes (`packing.planes`), so codes are never interleaved: plane j multiplies the inputs
 j, j + period, .... Both keep the codes unsigned and correct for the zero point afterwards,
@@ -24,7 +26,10 @@ from jaxtyping import Array, Float
 from treesurgeon.core import leaves, packing
 from treesurgeon.kernels.matmul import reference
 
-ROWS = 128  # decoded tile of a chunk: 128 rows of 4096 float32 columns are 2 MiB
+# Decoded tile of a chunk: 128 rows of 1024 float32 columns are 512 KiB and stay in a core's cache.
+ROWS = 128
+COLUMNS = 1024
+UNROLLED = 32  # so many rows at most does one fused pass multiply by one token
 TOKENS = 64  # up to so many tokens `grouped` keeps its partial products small
 # From so many tokens on `chunked` is bound by its products and accumulator, not by decoding: it
 # then scales larger tiles before one product each.
@@ -104,7 +109,9 @@ def chunked(
     >>> chunked(jnp.ones((1, 2)), leaf).tolist()
     [[3.0]]
   """
-  flat = x.reshape(-1, leaf.rows).astype(jnp.float32)
+  flat = x.reshape(-1, leaf.rows)
+  if x.dtype != jnp.bfloat16:
+    flat = flat.astype(jnp.float32)
   size, step = leaf.group_size, packing.period(leaf.bits)
   if flat.shape[0] >= MANY:
     y = _by_row(flat, leaf, MANY_ROWS)
@@ -180,52 +187,68 @@ def integers(
 
 
 def _by_group(x: jax.Array, leaf: leaves.QuantizedTensor) -> jax.Array:
-  """Scan over chunks that hold whole groups, or lie within one."""
+  """Loop over chunks that hold whole groups, or lie within one, for some columns at a time."""
   step = packing.period(leaf.bits)
   size = min(leaf.group_size, leaf.rows)
-  if size >= leaf.rows:  # one group: any chunk lies within it
+  unrolled = _divisor(size, UNROLLED, step) if x.shape[0] == 1 and size < leaf.rows else 0
+  if 2 * unrolled > UNROLLED:
+    inner = unrolled
+  elif size >= leaf.rows:  # one group: any chunk lies within it
     inner = _round_up(min(ROWS, leaf.rows), step)
   elif size > 2 * ROWS:
-    inner = max(d for d in range(step, 2 * ROWS + 1, step) if size % d == 0)
+    inner = _divisor(size, 2 * ROWS, step)
   else:
     inner = size
   per_chunk = max(1, ROWS // inner) if inner == size else 1
   chunk = inner * per_chunk
   whole = leaf.rows // chunk
+  per_stream = chunk * leaf.bits // 8
+  width = _divisor(leaf.cols, COLUMNS, 1)
+  # Codes that straddle bytes decode slowly out of a matrix that is cut up (twice the time).
+  if 4 * width < COLUMNS or (8 % leaf.bits and inner != unrolled):
+    width = leaf.cols
   scales = leaf.scales.astype(jnp.float32)
-  zeros = None if leaf.zeros is None else leaf.zeros.astype(jnp.float32)
 
-  def scales_of(first: int, count: int) -> tuple[jax.Array, jax.Array | None]:
-    """Return one row of scales and zeros for each run of `inner` rows."""
-    index = jnp.minimum((first + jnp.arange(count)) * inner // size, scales.shape[0] - 1)
-    return scales[index], None if zeros is None else zeros[index]
-
-  def part(x_MxK: jax.Array, stream: jax.Array, s: jax.Array, z: jax.Array | None) -> jax.Array:
+  def part(x_MxK: jax.Array, stream: jax.Array, s: jax.Array) -> jax.Array:
     runs = s.shape[0]
     x_RxMxK = jnp.moveaxis(x_MxK.reshape(x.shape[0], runs, inner), 1, 0)
-    y_RxMxN = _planes_dot(x_RxMxK, stream.reshape(runs, -1, leaf.cols), leaf.bits)
-    y = (y_RxMxN * s[:, None, :]).sum(axis=0)
-    return y - _offset(x_RxMxK.sum(axis=-1).T, s, z, leaf.bits)
+    dot = _unrolled_dot if inner == unrolled else _planes_dot
+    y_RxMxN = dot(x_RxMxK, stream.reshape(runs, -1, s.shape[1]), leaf.bits)
+    return (y_RxMxN * s[:, None, :]).sum(axis=0)
+
+  def columns(first: jax.Array) -> jax.Array:
+    """Multiply by `width` columns, which are cut out chunk by chunk."""
+
+    def at(x_MxK: jax.Array, i: jax.Array) -> jax.Array:
+      cut = jax.lax.dynamic_slice
+      stream = cut(leaf.codes, (i * per_stream, first), (per_stream, width))
+      s = cut(scales, (i * chunk // size, first), (per_chunk, width))
+      # Without the barrier the cut is repeated in whatever reads it, more slowly.
+      return part(x_MxK, jax.lax.optimization_barrier(stream), s)
+
+    xs = (x_WxMxK, jnp.arange(whole))
+    return _scan(at, jnp.zeros((x.shape[0], width), jnp.float32), xs)
 
   y = jnp.zeros((x.shape[0], leaf.cols), jnp.float32)
-  per_stream = chunk * leaf.bits // 8
-  if whole:
-    s, z = scales_of(0, whole * per_chunk)
-    xs = (
-      jnp.moveaxis(x[:, : whole * chunk].reshape(-1, whole, chunk), 1, 0),
-      leaf.codes[: whole * per_stream].reshape(whole, per_stream, leaf.cols),
-      s.reshape(whole, per_chunk, leaf.cols),
-      None if z is None else z.reshape(whole, per_chunk, leaf.cols),
-    )
-    y = _scan(part, y, xs)
+  x_WxMxK = jnp.moveaxis(x[:, : whole * chunk].reshape(x.shape[0], whole, chunk), 1, 0)
+  if whole and width < leaf.cols:
+    y_BxMxN = jax.lax.map(columns, jnp.arange(0, leaf.cols, width))
+    y = jnp.moveaxis(y_BxMxN, 0, 1).reshape(y.shape)
+  elif whole:
+    stream = leaf.codes[: whole * per_stream].reshape(whole, per_stream, leaf.cols)
+    groups = jnp.arange(whole * per_chunk) * inner // size
+    s_WxRxN = scales[groups].reshape(whole, per_chunk, leaf.cols)
+    y = _scan(part, y, (x_WxMxK, stream, s_WxRxN))
   rest = leaf.rows - whole * chunk
   if rest:
     runs = -(-rest // inner)
-    s, z = scales_of(whole * per_chunk, runs)
     x_rest = _pad(x[:, whole * chunk :], runs * inner, axis=1)
     stream = _pad(leaf.codes[whole * per_stream :], runs * inner * leaf.bits // 8, axis=0)
-    y = y + part(x_rest, stream, s, z)
-  return y
+    groups = (whole * per_chunk + jnp.arange(runs)) * inner // size
+    y = y + part(x_rest, stream, scales[groups])
+  groups = scales.shape[0]
+  sums = _pad(x, groups * size, axis=1).reshape(-1, groups, size).sum(-1, dtype=jnp.float32)
+  return y - _offset(sums, scales, leaf.zeros, leaf.bits)
 
 
 def _by_row(x: jax.Array, leaf: leaves.QuantizedTensor, tile: int) -> jax.Array:
@@ -274,6 +297,17 @@ def _planes_dot(x_GxMxK: jax.Array, stream_GxBxN: jax.Array, bits: int) -> jax.A
   return total
 
 
+def _unrolled_dot(x_GxMxK: jax.Array, stream_GxBxN: jax.Array, bits: int) -> jax.Array:
+  """Do the same in one fused pass over the columns: nothing decoded is written to memory."""
+  step = packing.period(bits)
+  total = jnp.zeros((), jnp.float32)
+  for j, plane in enumerate(packing.planes(stream_GxBxN, bits=bits)):
+    for k in range(plane.shape[1]):
+      codes = plane[:, k : k + 1].astype(jnp.float32)
+      total = total + x_GxMxK[:, :, j + k * step, None] * codes
+  return total
+
+
 def _offset(
   sums_MxG: jax.Array, scales_GxN: jax.Array, zeros: jax.Array | None, bits: int
 ) -> jax.Array:
@@ -285,6 +319,11 @@ def _pad(x: jax.Array, size: int, *, axis: int) -> jax.Array:
   missing = size - x.shape[axis]
   widths = [(0, missing if a == axis else 0) for a in range(x.ndim)]
   return jnp.pad(x, widths) if missing else x
+
+
+def _divisor(n: int, largest: int, step: int) -> int:
+  """Find the largest multiple of `step` up to `largest` that divides n, or 0."""
+  return max((d for d in range(step, largest + 1, step) if n % d == 0), default=0)
 
 
 def _round_up(n: int, to: int) -> int:
