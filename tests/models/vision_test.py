@@ -163,6 +163,7 @@ def test_the_patches_of_a_vit_are_squares():
   np.testing.assert_array_equal(found[0, 2].reshape(2, 2, 2), x[0, 2:, :2])
 
 
+@pytest.mark.filterwarnings("ignore:.*calibration tokens for:UserWarning")
 @pytest.mark.parametrize(
   "name", ["conv", *(pytest.param(n, marks=pytest.mark.slow) for n in SPECS if n != "conv")]
 )
