@@ -29,6 +29,7 @@ from treesurgeon.kernels.matmul import reference
 # Decoded tile of a chunk: 128 rows of 1024 float32 columns are 512 KiB and stay in a core's cache.
 ROWS = 128
 COLUMNS = 1024
+CACHED = 20 << 20  # bytes of codes; more than a last-level cache holds are best read row by row
 UNROLLED = 32  # so many rows at most does one fused pass multiply by one token
 TOKENS = 64  # up to so many tokens `grouped` keeps its partial products small
 # From so many tokens on `chunked` is bound by its products and accumulator, not by decoding: it
@@ -205,7 +206,8 @@ def _by_group(x: jax.Array, leaf: leaves.QuantizedTensor) -> jax.Array:
   per_stream = chunk * leaf.bits // 8
   width = _divisor(leaf.cols, COLUMNS, 1)
   # Codes that straddle bytes decode slowly out of a matrix that is cut up (twice the time).
-  if 4 * width < COLUMNS or (8 % leaf.bits and inner != unrolled):
+  straddle = 8 % leaf.bits and inner != unrolled
+  if 4 * width < COLUMNS or leaf.codes.size > CACHED or straddle:
     width = leaf.cols
   scales = leaf.scales.astype(jnp.float32)
 
