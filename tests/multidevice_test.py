@@ -73,6 +73,8 @@ def main(out, which):
         found[f"{row.name}-{i}-{kind}"] = ""
       except Exception:
         found[f"{row.name}-{i}-{kind}"] = traceback.format_exc()[-1500:]
+    if i % 20 == 19:
+      jax.clear_caches()  # programs map memory, of which a process has so many pieces
   pathlib.Path(out).write_text(json.dumps(found))
 
 
