@@ -211,6 +211,7 @@ def _work(requests: Sequence[Request], path_flag: str) -> tuple[list[Cost], str]
       **os.environ,
       "JAX_PLATFORMS": "cpu",
       "JAX_COMPILATION_CACHE_DIR": "",
+      "TPU_LOG_DIR": "disabled",  # it fills the disk with gigabytes of logs
       "TPU_SKIP_MDS_QUERY": "1",
       "TPU_ACCELERATOR_TYPE": "",
       "TPU_WORKER_HOSTNAMES": "localhost",
