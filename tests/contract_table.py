@@ -32,6 +32,10 @@ class Row:
     prepare: makes the model at which `neutral` is the identity.
     commutes: whether the order of the donors does not matter.
     reduces: whether it sums over axes that a mesh splits, which reorders float sums.
+    within: how much that may change, as a share of the largest weight; training and eigenvectors
+      amplify it.
+    searches: whether it chooses among codes so alike that rounding decides; the distance from the
+      given weights must then be the same within 2 %.
     requests: makes what needs edit requests.
     still: the transform's evidence at rest, in place of `neutral` (no requests).
     count: how many donors it is given.
@@ -45,6 +49,8 @@ class Row:
   prepare: Callable[[model.Model], model.Model] = lambda m: m
   commutes: bool = False
   reduces: bool = False
+  within: float = 1e-4
+  searches: bool = False
   requests: Callable[[], tuple] = tuple
   still: bool = False
   count: int = 2
@@ -171,7 +177,7 @@ ROWS = (
   ),
   Row("compress.prune.obert", {"block": 8}, {"sparsity": 0.0}, reduces=True),
   Row("compress.prune.shortgpt", {"drop": 1}, {"drop": 0}),
-  Row("compress.prune.slicegpt", {"slicing": 0.5}, {"slicing": 0.0}, reduces=True),
+  Row("compress.prune.slicegpt", {"slicing": 0.5}, {"slicing": 0.0}, reduces=True, within=1e-3),
   Row("compress.prune.sparsegpt", neutral={"sparsity": 0.0}, reduces=True),
   Row("compress.prune.wanda", neutral={"sparsity": 0.0}),
   # The least that a model can be, which a dry run, ignorant of errors, finds too.
@@ -214,6 +220,7 @@ ROWS = (
     {"length": 4, "tables": 1, "epochs": 0},
     done("compress.quantize.aqlm", **VQ, epochs=0),
     reduces=True,
+    searches=True,
   ),
   Row(
     "compress.quantize.autoround",
@@ -222,9 +229,11 @@ ROWS = (
     quantized,
     reduces=True,
   ),
+  # A group clipped on both sides has its zero point halfway between two codes, where the order of
+  # sums decides.
   Row(
     "compress.quantize.awq",
-    {"bits": 3, "group_size": 8},
+    {"bits": 3, "group_size": 8, "clip": False},
     {"bits": 4},
     done("compress.quantize.awq", bits=4, group_size=8),
     reduces=True,
@@ -247,6 +256,7 @@ ROWS = (
     {"bits": 3},
     done("compress.quantize.hqq", bits=3, group_size=8),
     reduces=True,
+    within=1e-3,
   ),
   Row("compress.quantize.deepshape", neutral={"shape": 1.0, "scale": 1.0}, reduces=True),
   Row("compress.quantize.dequantize", prepare=quantized),
@@ -372,7 +382,12 @@ ROWS = (
     done("compress.quantize.vq4dit", **VQ, epochs=0),
     reduces=True,
   ),
-  Row("compress.quantize.vq_logits", {"clusters": 8, "select": VQ["select"]}, {"clusters": 64}),
+  Row(
+    "compress.quantize.vq_logits",
+    {"clusters": 8, "select": VQ["select"]},
+    {"clusters": 64},
+    reduces=True,
+  ),
   Row(
     "edit.rome",
     {"steps": 3, "contexts": 2},

@@ -8,7 +8,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from treesurgeon.core import leaves, paths, programs
+from treesurgeon.core import leaves, meshes, paths, programs
 from treesurgeon.core import model as model_lib
 
 
@@ -60,7 +60,7 @@ def put(m: model_lib.Model, train: Mapping[str, Any]) -> model_lib.Model:
 
 
 def one_teacher(found: Any) -> model_lib.Model:
-  """Read the one teacher among the donors into memory.
+  """Read the one teacher among the donors into memory, on automatic axes.
 
   Args:
     found: the donors, as evidence.
@@ -73,4 +73,5 @@ def one_teacher(found: Any) -> model_lib.Model:
   """
   if len(found.sources) != 1:
     raise ValueError(f"a student learns from one teacher; {len(found.sources)} were given")
-  return model_lib.load(found.sources[0])
+  teacher = model_lib.load(found.sources[0])
+  return teacher.replace(params=meshes.to_auto(teacher.params))
