@@ -85,24 +85,26 @@ def target_of(target: str, format: str, tokens: int, rows: int, cols: int) -> fl
 
 
 def forward(
-  target: str, transform: str, apart: bool = False
+  target: str, transform: str, width: int = 256, layers: int = 3
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
   """Describe a small decoder's forward pass of one token, its kernels quantized and prepared.
 
   Args:
     target: name of the device.
     transform: expression that quantizes, such as "compress.quantize.rtn(bits=4)".
-    apart: whether layers are segments of their own.
+    width: of the model, a multiple of 128; its feed-forward layers are twice as wide.
+    layers: of the model.
 
   Returns:
     (function, arguments), for `static_cost`.
   """
   spec = models.Spec(
-    vocab_size=64, d_model=256, num_layers=3, num_heads=2, d_ff=512, max_positions=16
-  )
+    vocab_size=64, d_model=width, num_layers=layers, num_heads=width // 128, d_ff=2 * width,
+    max_positions=16,
+  )  # fmt: skip
   params = models.init(spec, jax.random.key(0), dtype=jnp.bfloat16)
   small = drivers.run(registry.parse(transform), model.Model(spec, params))
-  ready = kernels.prepare(small.params, target=target, apart=apart)
+  ready = kernels.prepare(small.params, target=target)
   return lambda p, tokens: models.forward(spec, p, tokens).logits, (ready, jnp.ones((1, 1), int))
 
 

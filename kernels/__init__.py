@@ -9,5 +9,7 @@ from treesurgeon.kernels.matmul.api import matmul as matmul
 from treesurgeon.kernels.matmul.arrange import prepare as prepare
 from treesurgeon.kernels.matmul.arrange import restore as restore
 from treesurgeon.kernels.matmul.shards import split as split
+from treesurgeon.kernels.matmul.stacked import hold as hold
+from treesurgeon.kernels.matmul.stacked import in_place as in_place
 
-__all__ = ["matmul", "prepare", "restore", "split"]
+__all__ = ["hold", "in_place", "matmul", "prepare", "restore", "split"]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from treesurgeon.core import hadamard, leaves
-from treesurgeon.kernels.matmul import checks, prepared, reference, tpu, xla
+from treesurgeon.kernels.matmul import checks, prepared, reference, stacked, tpu, xla
 
 
 class Implementation(NamedTuple):
@@ -119,10 +119,11 @@ def _product(
     thin = _product(x, leaf.a, implementation).astype(x.dtype)
     return leaf.scale * _product(thin, leaf.b, implementation)
   if isinstance(leaf, leaves.ActivationQuantized):
-    if not isinstance(leaf.weight, prepared.PreparedTensor):
+    whole = stacked.matrix(leaf.weight)
+    if not isinstance(whole, prepared.PreparedTensor):
       return xla.integers(x, leaf)
     scales = leaf.scales_of(x)
-    units = leaf.codes_of(x, scales).astype(leaf.weight.inputs)
+    units = leaf.codes_of(x, scales).astype(whole.inputs)
     return _product(units, leaf.weight, implementation) * scales
   if isinstance(leaf, leaves.Rotated):
     return _product(hadamard.transform(x), leaf.weight, implementation)
@@ -135,7 +136,7 @@ def _product(
     return first + _product(x[..., few:], leaf.rest, implementation)
   if not leaves.is_leaf(leaf):
     return reference.dot(x, jnp.asarray(leaf).astype(x.dtype))
-  if isinstance(leaf, prepared.PreparedTensor) and implementation in (None, "tpu"):
+  if isinstance(leaf, prepared.PreparedTensor | stacked.LayerOf) and implementation in (None, "tpu"):
     kernel = functools.partial(tpu.matmul, dtype=dtype)
     if not tpu.unsupported(x, leaf) and implementation == "tpu":
       return kernel(x, leaf)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from treesurgeon.core import formats, leaves, packing, paths
+from treesurgeon.core import formats, leaves, packing
 from treesurgeon.core.leaves import base
 from treesurgeon.kernels import devices
 from treesurgeon.kernels.matmul import checks, layouts, prepared
@@ -27,7 +27,7 @@ _COMPOSITE = (
 )
 
 
-def prepare(tree: Any, *, target: str | None = None, apart: bool = False) -> Any:
+def prepare(tree: Any, *, target: str | None = None) -> Any:
   """Arrange the quantized kernels of a tree as a device reads them.
 
   Leaves that no kernel takes stay as they are, and `matmul` multiplies by them in plain XLA; the
@@ -37,9 +37,6 @@ def prepare(tree: Any, *, target: str | None = None, apart: bool = False) -> Any
     tree: parameters, or one leaf.
     target: name from `devices.DEVICES`; None is the device of this process, and what is not
       among them needs no preparation.
-    apart: give each layer a segment of its own. Stacked layers are scanned over, and XLA then
-      slices a layer's codes out before the kernel reads them; apart they are read where they lie,
-      but the program grows with the layers. `paths.unflatten(paths.flatten(tree))` stacks again.
 
   Returns:
     The tree.
@@ -62,8 +59,7 @@ def prepare(tree: Any, *, target: str | None = None, apart: bool = False) -> Any
   if name is None:
     return tree
   devices.find(name)
-  ready = _walk(tree, name)
-  return _apart(ready) if apart else ready
+  return _walk(tree, name)
 
 
 def restore(tree: Any) -> Any:
@@ -171,16 +167,6 @@ def _walk(node: Any, target: str) -> Any:
     return node
   inner = lambda child: child is not node and leaves.is_leaf(child)
   return jax.tree.map(lambda c: _walk(c, target) if leaves.is_leaf(c) else c, node, is_leaf=inner)
-
-
-def _apart(params: Any) -> Any:
-  """Cut segments into single layers."""
-  layers = {}
-  for start, stop, tree in paths.segments(params):
-    for i in range(stop - start):
-      one = jax.tree.map(lambda a, i=i: jax.lax.slice_in_dim(a, i, i + 1), tree)
-      layers[f"{start + i}:{start + i + 1}"] = one
-  return {**params, "layers": layers} if layers else params
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from treesurgeon.kernels.matmul import (
   layouts,
   prepared,
   reference,
+  stacked,
   tpu_block,
   tpu_transposed,
 )
@@ -47,6 +48,7 @@ def unsupported(x: jax.Array, leaf: Any) -> str:
     >>> unsupported(jnp.ones((1, 2)), leaves.LowRank(jnp.ones((2, 1)), jnp.ones((1, 3))))
     'it takes what kernels.prepare made for a TPU, not LowRank'
   """
+  leaf = stacked.matrix(leaf)
   if not isinstance(leaf, prepared.PreparedTensor):
     reason = f"it takes what kernels.prepare made for a TPU, not {type(leaf).__name__}"
     refused = arrange.unsupported(leaf) if isinstance(leaf, leaves.QuantizedTensor) else ""
@@ -61,7 +63,7 @@ def unsupported(x: jax.Array, leaf: Any) -> str:
 
 def matmul(
   x: Num[Array, "*batch rows"],
-  leaf: prepared.PreparedTensor,
+  leaf: prepared.PreparedTensor | stacked.LayerOf,
   *,
   dtype: Any = jnp.float32,
   block: tuple[int, int] | None = None,
@@ -71,7 +73,7 @@ def matmul(
   Args:
     x: activations; rounded to bfloat16, as XLA's default precision on a TPU does. int8 where the
       leaf was prepared for quantized inputs.
-    leaf: what `prepare` returned.
+    leaf: what `prepare` returned, or one layer of it.
     dtype: of the result.
     block: tokens and columns of a block; None takes `blocks`.
 
@@ -79,7 +81,7 @@ def matmul(
     The product, accumulated in float32.
   """
   flat = x.reshape(-1, leaf.rows)
-  block = block or blocks(flat.shape[0], leaf)
+  block = block or blocks(flat.shape[0], stacked.matrix(leaf))
   y: jax.Array = _product(jnp.dtype(dtype).name, block, flat, leaf)  # pyright: ignore
   return y.reshape(*x.shape[:-1], leaf.cols)
 
@@ -110,15 +112,12 @@ def blocks(tokens: int, leaf: prepared.PreparedTensor) -> tuple[int, int]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(
-  dtype: str, block: tuple[int, int], x: jax.Array, leaf: prepared.PreparedTensor
-) -> jax.Array:
-  return _call(x.astype(jnp.int8 if leaf.integers else jnp.bfloat16), leaf, jnp.dtype(dtype), block)
+def _product(dtype: str, block: tuple[int, int], x: jax.Array, leaf: Any) -> jax.Array:
+  x = x.astype(jnp.int8 if stacked.matrix(leaf).integers else jnp.bfloat16)
+  return _call(x, leaf, jnp.dtype(dtype), block)
 
 
-def _forward(
-  dtype: str, block: tuple[int, int], x: jax.Array, leaf: prepared.PreparedTensor
-) -> tuple[jax.Array, Any]:
+def _forward(dtype: str, block: tuple[int, int], x: jax.Array, leaf: Any) -> tuple[jax.Array, Any]:
   return _product(dtype, block, x, leaf), (x, leaf)
 
 
@@ -127,6 +126,7 @@ def _backward(dtype: str, block: tuple[int, int], kept: Any, g: jax.Array) -> tu
   x, leaf = kept
   # The scales' gradients materialise the matrix; where nobody asks for them they are not compiled.
   dx, dleaf = jax.vjp(reference.matmul, x, leaf)[1](g.astype(jnp.float32))
+  leaf = leaf.take() if isinstance(leaf, stacked.LayerOf) else leaf
   if not leaf.integers:
     pre = _scales_weights(block[0], leaf)
     dx = tpu_transposed.matmul(g, leaf, dtype=x.dtype, width=min(block[1], 1024), pre=pre)
@@ -140,9 +140,10 @@ def _scales_weights(tokens: int, leaf: prepared.PreparedTensor) -> bool:
   return devices.find(leaf.target).converts and tokens >= PRE and not leaf.integers
 
 
-def _call(
-  x: jax.Array, leaf: prepared.PreparedTensor, dtype: Any, block: tuple[int, int]
-) -> jax.Array:
+def _call(x: jax.Array, leaf: Any, dtype: Any, block: tuple[int, int]) -> jax.Array:
+  # A scalar that is fetched ahead says which matrix of a stack the transfers of codes are from.
+  chosen = [leaf.index.reshape(1)] if isinstance(leaf, stacked.LayerOf) else []
+  leaf = stacked.matrix(leaf)
   tokens, cols = x.shape[0], leaf.codes.shape[-1]
   rows_of_block, width = block
   steps = leaf.steps
@@ -150,9 +151,18 @@ def _call(
   padded = steps * units * UNIT
   x = jnp.pad(x, [(0, 0), (0, padded - leaf.rows)]) if padded > leaf.rows else x
   one_group = leaf.group_size >= leaf.rows
-  scale_block = (None, leaf.scales.shape[-2], width)
+
+  def spec(shape: tuple[int | None, ...], at: Any) -> pl.BlockSpec:
+    """Lay a block out that does not depend on the layer."""
+    return pl.BlockSpec(shape, lambda m, n, k, *layer: at(m, n, k))
+
+  def of_layer(shape: tuple[int | None, ...], at: Any) -> pl.BlockSpec:
+    if not chosen:
+      return spec(shape, at)
+    return pl.BlockSpec((None, *shape), lambda m, n, k, layer: (layer[0], *at(m, n, k)))
+
   scale_at = (lambda m, n, k: (0, 0, n)) if one_group else (lambda m, n, k: (k, 0, n))
-  code_rows = leaf.codes.shape[0] // steps
+  code_rows = leaf.codes.shape[-2] // steps
   parts = [leaf.scales] if leaf.zeros is None else [leaf.scales, leaf.zeros]
   kernel = functools.partial(
     tpu_block.multiply,
@@ -167,19 +177,22 @@ def _call(
     has_zeros=leaf.zeros is not None,
   )
   y = pl.pallas_call(
-    kernel,
-    grid=(pl.cdiv(tokens, rows_of_block), pl.cdiv(cols, width), steps),
-    in_specs=[
-      pl.BlockSpec((rows_of_block, units * UNIT), lambda m, n, k: (m, k)),
-      pl.BlockSpec((code_rows, width), lambda m, n, k: (k, n)),
-      *(pl.BlockSpec(scale_block, scale_at) for _ in parts),
-    ],
-    out_specs=pl.BlockSpec((rows_of_block, width), lambda m, n, k: (m, n)),
+    (lambda layer, *refs: kernel(*refs)) if chosen else kernel,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=len(chosen),
+      grid=(pl.cdiv(tokens, rows_of_block), pl.cdiv(cols, width), steps),
+      in_specs=[
+        spec((rows_of_block, units * UNIT), lambda m, n, k: (m, k)),
+        of_layer((code_rows, width), lambda m, n, k: (k, n)),
+        *(of_layer((None, leaf.scales.shape[-2], width), scale_at) for _ in parts),
+      ],
+      out_specs=spec((rows_of_block, width), lambda m, n, k: (m, n)),
+      scratch_shapes=[pltpu.VMEM((rows_of_block, width), jnp.float32)] if steps > 1 else [],
+    ),
     out_shape=jax.ShapeDtypeStruct((tokens, cols), dtype),
-    scratch_shapes=[pltpu.VMEM((rows_of_block, width), jnp.float32)] if steps > 1 else [],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
     ),
     name=f"matmul_{leaf.format}{leaf.bits}",
-  )(x, leaf.codes, *parts)
+  )(*chosen, x, leaf.codes, *parts)
   return y[:, : leaf.cols]

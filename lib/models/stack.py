@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from treesurgeon import kernels
 from treesurgeon.core import paths
 from treesurgeon.models import layers, taps
 from treesurgeon.models import spec as specs
@@ -99,20 +100,21 @@ def run(
   check_partition(spec.num_layers, segments)
   observed, caches = [], {}
   for first, stop, stacked in segments:
-    index = jnp.arange(first, stop, dtype=jnp.int32)
+    index = jnp.arange(stop - first, dtype=jnp.int32)
     name = f"{first}:{stop}"
     kept = None if cache is None else cache[name]
 
-    def body(h: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
-      layer_params, layer, kept = xs
-      h, kept, seen = _step(
-        spec, layer_params, h, layer, positions, mask, observe, patch, kept, start
-      )
+    def body(
+      h: jax.Array, xs: Any, first: int = first, stacked: Any = stacked
+    ) -> tuple[jax.Array, Any]:
+      rest, i, kept = xs
+      one = kernels.in_place(stacked, rest, i)
+      h, kept, seen = _step(spec, one, h, first + i, positions, mask, observe, patch, kept, start)
       return h, (seen, kept)
 
     # Without prevent_cse the scan already keeps XLA from undoing the rematerialization.
     body = jax.checkpoint(body, prevent_cse=False) if remat else body
-    h, (seen, caches[name]) = jax.lax.scan(body, h, (stacked, index, kept))
+    h, (seen, caches[name]) = jax.lax.scan(body, h, (kernels.hold(stacked), index, kept))
     observed.append(seen)
   return h, join(observed), None if cache is None else caches
 

@@ -88,6 +88,38 @@ def test_it_equals_float64_on_many_shapes(tokens, rows, cols, bits, group_size, 
   check(arg_specs.ArgSpec(tokens, rows, cols, bits, group_size, symmetric), target)
 
 
+@pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e"])
+def test_a_layer_is_read_out_of_its_stack(target):
+  spec = arg_specs.ArgSpec(3, 300, 40, 4, 64)
+  x, _ = arg_specs.operands(spec, KEY)
+  made = [arg_specs.operands(spec, jax.random.key(i))[1] for i in range(3)]
+  stack = kernels.prepare(jax.tree.map(lambda *a: jnp.stack(a), *made), target=target)
+  params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+
+  def body(h, xs):
+    rest, i = xs
+    one = kernels.in_place(stack, rest, i)
+    return h, kernels.matmul(x, one, implementation="tpu")
+
+  with pltpu.force_tpu_interpret_mode(params):
+    got = jax.lax.scan(body, 0, (kernels.hold(stack), jnp.arange(3)))[1]
+  for y, leaf in zip(got, made, strict=True):
+    expected = exact(x, leaf, False)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=EXACT * np.abs(expected).max() + 1e-5)
+
+
+def test_gradients_through_a_layer_of_a_stack():
+  spec = arg_specs.ArgSpec(3, 300, 40, 4, 64)
+  x, leaf = arg_specs.operands(spec, KEY)
+  stack = kernels.prepare(jax.tree.map(lambda a: jnp.stack([a, a]), leaf), target="tpu-v5e")
+  one = kernels.in_place(stack, kernels.hold(stack), jnp.int32(1))
+  loss = lambda x, leaf: (kernels.matmul(x, leaf, implementation="tpu") ** 2).sum()
+  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+    got = jax.grad(loss)(x, one)
+    expected = jax.grad(loss)(x, one.take())
+  np.testing.assert_array_equal(got, expected)
+
+
 @pytest.mark.parametrize(("tokens", "target"), [(2, "tpu-v5e"), (128, "tpu7x")])
 @pytest.mark.parametrize(("format", "bits"), [("ternary", 2), ("sign", 1)])
 def test_formats_of_few_values(format, bits, tokens, target):
