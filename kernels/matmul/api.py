@@ -14,7 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from treesurgeon.core import hadamard, leaves
-from treesurgeon.kernels.matmul import checks, prepared, reference, stacked, tpu, xla
+from treesurgeon.kernels.lut_matmul import xla as lut_xla
+from treesurgeon.kernels.matmul import checks, prepared, reference, sliced, stacked, tpu, xla
+from treesurgeon.kernels.sparse_matmul import prepared as sparse_prepared
+from treesurgeon.kernels.sparse_matmul import tpu as sparse_tpu
 
 
 class Implementation(NamedTuple):
@@ -24,18 +27,38 @@ class Implementation(NamedTuple):
     matmul: (x, leaf) -> product in float32.
     unsupported: (x, leaf) -> why it cannot, or "".
     platforms: where it is chosen by default; elsewhere only on request.
+    slow: (x, leaf) -> why it is not chosen there either, or "".
   """
 
   matmul: Callable[[jax.Array, Any], jax.Array]
   unsupported: Callable[[jax.Array, Any], str]
   platforms: tuple[str, ...]
+  slow: Callable[[jax.Array, Any], str] = lambda x, leaf: ""
+
+
+# Kernels of TPUs, by what `arrange.prepare` returns.
+_KERNELS: dict[type, Any] = {
+  prepared.PreparedTensor: tpu,
+  stacked.LayerOf: tpu,
+  sparse_prepared.PreparedSparse: sparse_tpu,
+}
+
+
+def _unsupported_tpu(x: jax.Array, leaf: Any) -> str:
+  """Say why no kernel of a TPU can multiply by a leaf."""
+  kernel = sparse_tpu if isinstance(leaf, leaves.SparseTensor) else tpu
+  return _KERNELS.get(type(leaf), kernel).unsupported(x, leaf)
 
 
 # In order of preference: the first that runs on the platform and supports the operands is chosen.
 IMPLEMENTATIONS = {
-  "tpu": Implementation(tpu.matmul, tpu.unsupported, ("tpu",)),
+  "tpu": Implementation(
+    lambda x, leaf: _KERNELS[type(leaf)].matmul(x, leaf), _unsupported_tpu, ("tpu",)
+  ),
   "grouped": Implementation(xla.grouped, xla.unsupported_grouped, ("gpu", "tpu")),
   "chunked": Implementation(xla.chunked, xla.unsupported_chunked, ("cpu",)),
+  "lut": Implementation(lut_xla.matmul, lut_xla.unsupported, ("cpu",), lut_xla.unsupported_few),
+  "sliced": Implementation(sliced.matmul, sliced.unsupported, ("cpu", "gpu", "tpu")),
   "reference": Implementation(reference.matmul, lambda x, leaf: "", ("cpu", "gpu", "tpu")),
 }
 
@@ -101,7 +124,7 @@ def supported(x: Float[Array, "*batch rows"], leaf: Any) -> list[str]:
   Example:
     >>> places = jnp.ones((1, 1), jnp.uint8)
     >>> supported(jnp.ones((1, 4)), leaves.SparseTensor(jnp.ones((2, 1)), places, 4, 1, 2, 4))
-    ['reference']
+    ['sliced', 'reference']
   """
   return [name for name, i in IMPLEMENTATIONS.items() if not i.unsupported(x, leaf)]
 
@@ -119,11 +142,13 @@ def _product(
     thin = _product(x, leaf.a, implementation).astype(x.dtype)
     return leaf.scale * _product(thin, leaf.b, implementation)
   if isinstance(leaf, leaves.ActivationQuantized):
-    whole = stacked.matrix(leaf.weight)
-    if not isinstance(whole, prepared.PreparedTensor):
-      return xla.integers(x, leaf)
     scales = leaf.scales_of(x)
-    units = leaf.codes_of(x, scales).astype(whole.inputs)
+    units = leaf.codes_of(x, scales)
+    if xla.exact(leaf):
+      return xla.integers(units, leaf.weight) * scales
+    whole = stacked.matrix(leaf.weight)
+    if isinstance(whole, prepared.PreparedTensor):
+      units = units.astype(whole.inputs)
     return _product(units, leaf.weight, implementation) * scales
   if isinstance(leaf, leaves.Rotated):
     return _product(hadamard.transform(x), leaf.weight, implementation)
@@ -136,18 +161,18 @@ def _product(
     return first + _product(x[..., few:], leaf.rest, implementation)
   if not leaves.is_leaf(leaf):
     return reference.dot(x, jnp.asarray(leaf).astype(x.dtype))
-  if isinstance(leaf, prepared.PreparedTensor | stacked.LayerOf) and implementation in (None, "tpu"):
-    kernel = functools.partial(tpu.matmul, dtype=dtype)
-    if not tpu.unsupported(x, leaf) and implementation == "tpu":
-      return kernel(x, leaf)
-    if not tpu.unsupported(x, leaf):
-      # Decided when the program is lowered, so that one compiled ahead for a TPU has the kernel.
-      other = lambda x, leaf: reference.matmul(x, leaf).astype(dtype)
-      return jax.lax.platform_dependent(x, leaf, tpu=kernel, default=other)
+  kernel = _KERNELS.get(type(leaf))
+  if kernel and implementation in (None, "tpu") and not kernel.unsupported(x, leaf):
+    multiply = functools.partial(kernel.matmul, dtype=dtype)
+    if implementation == "tpu":
+      return multiply(x, leaf)
+    # Decided when the program is lowered, so that one compiled ahead for a TPU has the kernel.
+    other = lambda x, leaf: reference.matmul(x, leaf).astype(dtype)
+    return jax.lax.platform_dependent(x, leaf, tpu=multiply, default=other)
   if implementation is None:
     platform = _platform()
-    usable = [n for n in supported(x, leaf) if platform in IMPLEMENTATIONS[n].platforms]
-    return IMPLEMENTATIONS[usable[0]].matmul(x, leaf)
+    able = (IMPLEMENTATIONS[n] for n in supported(x, leaf))
+    return next(i for i in able if platform in i.platforms and not i.slow(x, leaf)).matmul(x, leaf)
   reason = IMPLEMENTATIONS[implementation].unsupported(x, leaf)
   if reason:
     raise ValueError(

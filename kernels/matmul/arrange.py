@@ -14,6 +14,7 @@ from treesurgeon.core import formats, leaves, packing
 from treesurgeon.core.leaves import base
 from treesurgeon.kernels import devices
 from treesurgeon.kernels.matmul import checks, layouts, prepared
+from treesurgeon.kernels.sparse_matmul import prepared as sparse
 
 UNIT = layouts.GROUP
 MOST_UNITS = 48  # that one step of the kernel unrolls: 32 are 4096 rows
@@ -69,21 +70,22 @@ def restore(tree: Any) -> Any:
     tree: parameters, or one leaf.
 
   Returns:
-    The tree with `QuantizedTensor` leaves.
+    The tree with the leaves that files hold.
 
   Example:
     >>> restore(jnp.ones(2)).tolist()
     [1.0, 1.0]
   """
-  is_prepared = lambda node: isinstance(node, prepared.PreparedTensor)
+  is_prepared = lambda node: isinstance(node, prepared.Prepared)
   return jax.tree.map(lambda n: n.restore() if is_prepared(n) else n, tree, is_leaf=is_prepared)
 
 
-def unsupported(leaf: Any) -> str:
+def unsupported(leaf: Any, *, target: str | None = None) -> str:
   """Say why no kernel takes a leaf.
 
   Args:
     leaf: compressed leaf.
+    target: name of a device; None asks for any TPU.
 
   Returns:
     The reason, or "".
@@ -144,14 +146,15 @@ def arrangement(
 
 
 def _walk(node: Any, target: str) -> Any:
-  if isinstance(node, prepared.PreparedTensor):
+  if isinstance(node, prepared.Prepared):
     return node if node.target == target else _walk(node.restore(), target)
-  if isinstance(node, leaves.QuantizedTensor):
-    reason = unsupported(node)
+  if type(node) in _KINDS:
+    refuse, arrange = _KINDS[type(node)]
+    reason = refuse(node, target=target)
     if reason:
       _say(reason)
       return node
-    return _prepare(node, target)
+    return arrange(node, target)
   if isinstance(node, leaves.ActivationQuantized) and takes_integers(node):
     weight = node.weight
     if isinstance(weight, prepared.PreparedTensor):
@@ -237,3 +240,10 @@ def _prepare(
 
 def _loadable(dtype: Any) -> Any:
   return jnp.bfloat16 if dtype == jnp.uint8 else jnp.float32
+
+
+# What is arranged by itself: why not, and how.
+_KINDS: dict[type, tuple[Any, Any]] = {
+  leaves.QuantizedTensor: (unsupported, _prepare),
+  leaves.SparseTensor: (sparse.unsupported, sparse.prepare),
+}

@@ -79,8 +79,18 @@ def line(format: str, bits: int) -> Line | None:
   return Line(width, float(zero), float(factor), (steps + zero).astype(np.uint8))
 
 
+class Prepared(base.Compressed):
+  """A leaf arranged for a device."""
+
+  target: str
+
+  def restore(self) -> Any:
+    """Return the leaf that it was, bit for bit."""
+    raise TypeError(f"{type(self).__name__} does not say what it was")
+
+
 @base.container(("codes", "scales", "zeros"))
-class PreparedTensor(base.Compressed):
+class PreparedTensor(Prepared):
   """Hold a `QuantizedTensor` in a device's layout.
 
   Attributes:

@@ -24,7 +24,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from treesurgeon.core import leaves, packing
-from treesurgeon.kernels.matmul import reference
 
 # Decoded tile of a chunk: 128 rows of 1024 float32 columns are 512 KiB and stay in a core's cache.
 ROWS = 128
@@ -152,39 +151,54 @@ def grouped(
   return y.reshape(*x.shape[:-1], leaf.cols)
 
 
-def integers(
-  x: Float[Array, "*batch rows"], leaf: leaves.ActivationQuantized
-) -> Float[Array, "*batch cols"]:
-  """Quantize the inputs and multiply; 8-bit integers by 8-bit integers stay integers till the end.
+def exact(leaf: leaves.ActivationQuantized) -> bool:
+  """Tell whether a product with quantized inputs can stay in integers till the end.
 
   Args:
-    x: activations.
     leaf: a kernel with quantized inputs.
+
+  Returns:
+    Whether inputs and weights are 8-bit integers, with a scale a column.
+
+  Example:
+    >>> exact(leaves.ActivationQuantized(jnp.ones((2, 1)), None))
+    False
+  """
+  w = leaf.weight
+  whole = isinstance(w, leaves.QuantizedTensor) and w.plain and w.bits == 8 and w.zeros is None
+  return whole and leaf.format == "int" and leaf.bits == 8 and w.group_size >= w.rows
+
+
+def integers(
+  x: Float[Array, "*batch rows"], w: leaves.QuantizedTensor
+) -> Float[Array, "*batch cols"]:
+  """Multiply 8-bit integers by 8-bit integers.
+
+  Args:
+    x: whole numbers from -128 to 127.
+    w: 8-bit integers with a scale a column.
 
   Returns:
     The product in float32.
 
   Example:
-    >>> leaf = leaves.ActivationQuantized(jnp.ones((2, 1)), None)
-    >>> integers(jnp.array([[127.5, 0.0]]), leaf).tolist()
-    [[127.0]]
+    >>> w = leaves.QuantizedTensor(jnp.full((2, 1), 129, jnp.uint8), jnp.ones((1, 1)), None, None,
+    ...                            rows=2, cols=1, bits=8, group_size=2)
+    >>> integers(jnp.array([[127.0, -1.0]]), w).tolist()
+    [[126.0]]
   """
-  scales = leaf.scales_of(x)
-  units = leaf.codes_of(x, scales)
-  w = leaf.weight
-  exact = isinstance(w, leaves.QuantizedTensor) and w.plain and w.bits == 8 and w.zeros is None
-  if exact and leaf.format == "int" and leaf.bits == 8 and w.group_size >= w.rows:
-    codes = (w.integers() ^ 128).astype(jnp.uint8)  # unsigned to two's complement
-    signed = jax.lax.bitcast_convert_type(codes, jnp.int8)
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
-    total = jax.lax.dot_general(
-      units.astype(jnp.int8), signed, contract, preferred_element_type=jnp.int32
-    )
-    y = total.astype(jnp.float32) * w.scales.astype(jnp.float32).reshape(
-      (1,) * (x.ndim - 1) + (w.cols,)
-    )
-    return y * scales
-  return reference.dot(units, leaves.dense(w).astype(jnp.float32)) * scales
+  if math.prod(x.shape[:-1]) == 1 and jax.default_backend() == "cpu":
+    # XLA multiplies by one vector of integers in 32 bits there, and widens the matrix for it.
+    return chunked(x.astype(jnp.float32), w)
+  codes = (w.integers() ^ 128).astype(jnp.uint8)  # unsigned to two's complement
+  signed = jax.lax.bitcast_convert_type(codes, jnp.int8)
+  contract = (((x.ndim - 1,), (0,)), ((), ()))
+  total = jax.lax.dot_general(
+    x.astype(jnp.int8), signed, contract, preferred_element_type=jnp.int32
+  )
+  return total.astype(jnp.float32) * w.scales.astype(jnp.float32).reshape(
+    (1,) * (x.ndim - 1) + (w.cols,)
+  )
 
 
 def _by_group(x: jax.Array, leaf: leaves.QuantizedTensor) -> jax.Array:

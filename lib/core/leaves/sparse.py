@@ -14,7 +14,7 @@ class SparseTensor(base.Compressed):
   """Hold N of every M consecutive input rows of each column (N:M sparsity).
 
   Attributes:
-    values: (..., rows // m * n, cols), the kept weights in row order.
+    values: (..., rows // m * n, cols), the kept weights in row order, array or leaf.
     positions: their place within the run of m, packed as `ceil(log2 m)`-bit codes.
     rows, cols: the matrix shape; rows is a multiple of m.
     n, m: how many are kept of how many.
@@ -40,5 +40,6 @@ class SparseTensor(base.Compressed):
     shape = (*self.batch, runs, self.n, 1, self.cols)
     lane = jnp.arange(self.m, dtype=jnp.uint8).reshape((1,) * (len(shape) - 2) + (self.m, 1))
     hit = place.reshape(shape) == lane
-    full = jnp.where(hit, self.values.reshape(shape), jnp.zeros((), self.dtype)).sum(axis=-3)
+    values = base.dense(self.values).reshape(shape)
+    full = jnp.where(hit, values, jnp.zeros((), self.dtype)).sum(axis=-3)
     return full.reshape(self.shape).astype(self.dtype)

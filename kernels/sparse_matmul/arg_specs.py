@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operands that tests and benchmarks share, and programs to compile ahead of time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from treesurgeon.core import leaves, packing
+from treesurgeon.kernels.matmul import api, arrange
+
+
+def sparse(
+  rows: int, cols: int, n: int, m: int, *, key: jax.Array, bits: int = 0, group_size: int = 0
+) -> leaves.SparseTensor:
+  """Draw an N:M matrix.
+
+  Args:
+    rows, cols: of the matrix.
+    n, m: pattern.
+    key: random key.
+    bits: of quantized values; 0 is bfloat16.
+    group_size: kept rows that share a scale; 0 is all.
+
+  Returns:
+    The leaf.
+
+  Example:
+    >>> sparse(8, 3, 2, 4, key=jax.random.key(0)).values.shape
+    (4, 3)
+  """
+  kept = rows // m * n
+  kv, kp, ks = jax.random.split(key, 3)
+  order = jnp.argsort(jax.random.uniform(kp, (rows // m, m, cols)), axis=1)[:, :n]
+  place = jnp.sort(order, axis=1).astype(jnp.uint8).reshape(kept, cols)
+  positions = packing.pack(place, bits=max(1, (m - 1).bit_length()))
+  if not bits:
+    values: Any = jax.random.normal(kv, (kept, cols)).astype(jnp.bfloat16)
+  else:
+    group_size = group_size or kept
+    codes = jax.random.randint(kv, (kept, cols), 0, 2**bits).astype(jnp.uint8)
+    scales = jax.random.uniform(ks, (-(-kept // group_size), cols), minval=0.5) / 2**bits
+    values = leaves.QuantizedTensor(
+      packing.pack(codes, bits=bits), scales, None, None, rows=kept, cols=cols, bits=bits,
+      group_size=group_size,
+    )  # fmt: skip
+  return leaves.SparseTensor(values, positions, rows, cols, n, m)
+
+
+def product(
+  format: str, tokens: int, rows: int, cols: int, target: str
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+  """Describe a product for `static_cost`: bfloat16 activations by a matrix as a device has it.
+
+  Args:
+    format: "2:4" or another pattern of bfloat16 values, "2:4-int8" of 8-bit ones; "-g512" behind
+      that is the number of kept rows that share a scale.
+    tokens, rows, cols: the product is (tokens, rows) @ (rows, cols).
+    target: name of the device.
+
+  Returns:
+    (function, shapes of its arguments).
+
+  Example:
+    >>> product("2:4-int8", 1, 4096, 256, "tpu-v5e")[1][1].values.shape
+    (2048, 256)
+  """
+  pattern, _, values = format.partition("-")
+  values, _, size = values.partition("-g")
+  n, m = (int(word) for word in pattern.split(":"))
+  bits = int(values.removeprefix("int") or 0)
+  draw = lambda key: arrange.prepare(
+    sparse(rows, cols, n, m, key=key, bits=bits, group_size=int(size or 0)), target=target
+  )
+  leaf = jax.eval_shape(draw, jax.random.key(0))
+  return api.matmul, (jax.ShapeDtypeStruct((tokens, rows), jnp.bfloat16), leaf)
