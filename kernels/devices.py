@@ -18,6 +18,7 @@ class Device:
     kind: what `jax.Device.device_kind` says.
     topology: smallest one that every libtpu compiles for ahead of time.
     clock_mhz: of the TensorCore, assumed.
+    memory: bytes.
     bandwidth: of the memory, bytes a microsecond.
     peak: operations of the matrix unit a microsecond, in bfloat16.
     depth: rows of the matrix unit.
@@ -29,6 +30,7 @@ class Device:
   kind: str
   topology: str
   clock_mhz: float
+  memory: int
   bandwidth: float
   peak: float
   depth: int
@@ -37,10 +39,10 @@ class Device:
 
 
 DEVICES = {
-  "tpu-v5e": Device("TPU v5 lite", "v5e:2x2", 1500.0, 819e3, 197e6, 128, True, False),
-  "tpu-v5p": Device("TPU v5", "v5p:2x2x1", 1750.0, 2765e3, 459e6, 128, True, False),
-  "tpu-v6e": Device("TPU v6 lite", "v6e:2x2", 1750.0, 1640e3, 918e6, 256, True, True),
-  "tpu7x": Device("TPU7x", "tpu7x:2x2x1", 2200.0, 3690e3, 1153e6, 256, False, True),
+  "tpu-v5e": Device("TPU v5 lite", "v5e:2x2", 1500.0, 16 << 30, 819e3, 197e6, 128, True, False),
+  "tpu-v5p": Device("TPU v5", "v5p:2x2x1", 1750.0, 95 << 30, 2765e3, 459e6, 128, True, False),
+  "tpu-v6e": Device("TPU v6 lite", "v6e:2x2", 1750.0, 32 << 30, 1640e3, 918e6, 256, True, True),
+  "tpu7x": Device("TPU7x", "tpu7x:2x2x1", 2200.0, 96 << 30, 3690e3, 1153e6, 256, False, True),
 }
 
 

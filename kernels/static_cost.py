@@ -57,6 +57,7 @@ class Request:
     target: name from `devices.DEVICES`.
     steps: grid steps of its one kernel, for the fallback; 0 allows none.
     flops: operations of its matrix products, for the fallback.
+    donate: which arguments the program may overwrite.
   """
 
   program: str
@@ -64,6 +65,7 @@ class Request:
   target: str
   steps: int = 0
   flops: int = 0
+  donate: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +121,16 @@ def measure(requests: Sequence[Request], *, profile: bool = True) -> list[Cost]:
   return costs
 
 
-def compile_for(fn: Callable[..., Any], args: Sequence[Any], target: str) -> Any:
+def compile_for(
+  fn: Callable[..., Any], args: Sequence[Any], target: str, donate: Sequence[int] = ()
+) -> Any:
   """Compile a function for one chip, in this process.
 
   Args:
     fn: function to jit.
     args: arrays or shapes, or trees of them.
     target: name from `devices.DEVICES`.
+    donate: which arguments the program may overwrite.
 
   Returns:
     The compiled program, which only that chip can run.
@@ -138,7 +143,7 @@ def compile_for(fn: Callable[..., Any], args: Sequence[Any], target: str) -> Any
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # it tells kernels which chip it is
-    return jax.jit(fn).lower(*shapes).compile()
+    return jax.jit(fn, donate_argnums=tuple(donate)).lower(*shapes).compile()
 
 
 def critical_path(lines: Iterable[str]) -> tuple[int, int]:
@@ -239,7 +244,7 @@ def _one(request: Request, folder: pathlib.Path) -> Cost:
   module, name = request.program.split(":")
   fn, args = getattr(importlib.import_module(module), name)(**request.kwargs)
   try:
-    compiled = compile_for(fn, args, request.target)
+    compiled = compile_for(fn, args, request.target, request.donate)
   except Exception as error:  # whatever the compiler says is the result
     return Cost(error=f"{type(error).__name__}: {str(error)[:500]}")
   temp = compiled.memory_analysis().temp_size_in_bytes

@@ -105,16 +105,19 @@ def run(
     kept = None if cache is None else cache[name]
 
     def body(
-      h: jax.Array, xs: Any, first: int = first, stacked: Any = stacked
-    ) -> tuple[jax.Array, Any]:
-      rest, i, kept = xs
+      carry: tuple[jax.Array, Any], xs: Any, first: int = first, stacked: Any = stacked
+    ) -> tuple[tuple[jax.Array, Any], Any]:
+      (h, kept), (rest, i) = carry, xs
+      own = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), kept)
       one = kernels.in_place(stacked, rest, i)
-      h, kept, seen = _step(spec, one, h, first + i, positions, mask, observe, patch, kept, start)
-      return h, (seen, kept)
+      h, own, seen = _step(spec, one, h, first + i, positions, mask, observe, patch, own, start)
+      write = jax.lax.dynamic_update_index_in_dim
+      return (h, jax.tree.map(lambda a, new: write(a, new, i, 0), kept, own)), seen
 
     # Without prevent_cse the scan already keeps XLA from undoing the rematerialization.
     body = jax.checkpoint(body, prevent_cse=False) if remat else body
-    h, (seen, caches[name]) = jax.lax.scan(body, h, (kernels.hold(stacked), index, kept))
+    # The cache is carried, not scanned over: the next takes its place instead of lying beside it.
+    (h, caches[name]), seen = jax.lax.scan(body, (h, kept), (kernels.hold(stacked), index))
     observed.append(seen)
   return h, join(observed), None if cache is None else caches
 
