@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from treesurgeon.core import formats, leaves, packing
 from treesurgeon.core.leaves import base
 from treesurgeon.kernels import devices
+from treesurgeon.kernels.lut_matmul import transcoded
 from treesurgeon.kernels.matmul import checks, layouts, prepared
+from treesurgeon.kernels.sparse_matmul import groups
 from treesurgeon.kernels.sparse_matmul import prepared as sparse
 
 UNIT = layouts.GROUP
@@ -155,6 +157,8 @@ def _walk(node: Any, target: str) -> Any:
       _say(reason)
       return node
     return arrange(node, target)
+  if isinstance(node, leaves.GroupSparse) or transcoded.takes(node):
+    return _instead(node, target)
   if isinstance(node, leaves.ActivationQuantized) and takes_integers(node):
     weight = node.weight
     if isinstance(weight, prepared.PreparedTensor):
@@ -170,6 +174,27 @@ def _walk(node: Any, target: str) -> Any:
     return node
   inner = lambda child: child is not node and leaves.is_leaf(child)
   return jax.tree.map(lambda c: _walk(c, target) if leaves.is_leaf(c) else c, node, is_leaf=inner)
+
+
+def _instead(node: Any, target: str) -> Any:
+  """Prepare integers that are multiplied by in a leaf's place."""
+  is_groups = isinstance(node, leaves.GroupSparse)
+  reason = groups.unsupported(node) if is_groups else ""
+  if is_groups and not reason and not leaves.is_leaf(node.kept):
+    reason = "it takes kept groups that are quantized, not an array"
+  if reason:
+    _say(reason)
+    return node
+  make = functools.partial(groups.spread if is_groups else transcoded.transcode, target=target)
+  reason = unsupported(jax.eval_shape(make, node), target=target)
+  if reason:
+    _say(reason)
+    return node
+  weight = _prepare(make(node), target)
+  if not is_groups:
+    return transcoded.Transcoded(weight, node, target)
+  kept = node.kept.rows // node.group
+  return groups.PreparedGroups(weight, node.mask, node.rows, kept, node.group, target)
 
 
 @functools.cache

@@ -89,6 +89,16 @@ class Prepared(base.Compressed):
     raise TypeError(f"{type(self).__name__} does not say what it was")
 
 
+class Instead(Prepared):
+  """A leaf that is multiplied by as another one, which is prepared."""
+
+  weight: base.Part
+
+  def dense(self) -> jax.Array:
+    """Compute the dense value of the leaf that it was."""
+    return self.restore().dense()
+
+
 @base.container(("codes", "scales", "zeros"))
 class PreparedTensor(Prepared):
   """Hold a `QuantizedTensor` in a device's layout.

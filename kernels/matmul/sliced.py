@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Num
 from treesurgeon.core import formats, leaves, packing
 from treesurgeon.core.leaves import base
 from treesurgeon.kernels.matmul import reference, xla
+from treesurgeon.kernels.sparse_matmul import groups
 
 TILE = 2 << 20  # bytes of a run in float32, which stay in a core's cache
 MANY_TILE = 16 << 20  # for so many tokens that products take the time
@@ -46,7 +47,7 @@ def unsupported(x: jax.Array, leaf: Any) -> str:
   """
   del x
   if isinstance(leaf, leaves.GroupSparse):
-    return _unsupported_groups(leaf)
+    return groups.unsupported(leaf)
   if not isinstance(leaf, (leaves.Outliers, *_CUTS)):
     return f"it takes leaves that can be cut by rows, not {type(leaf).__name__}"
   if isinstance(leaf, leaves.SparseTensor) and leaves.is_leaf(leaf.values):
@@ -89,11 +90,12 @@ def matmul(x: Num[Array, "*batch rows"], leaf: Any) -> Float[Array, "*batch cols
 def _multiply(flat: jax.Array, leaf: Any) -> jax.Array:
   size = rows_of_run(leaf, tokens=flat.shape[0])
   count = -(-leaf.rows // size)
-  cut = _cut_groups if isinstance(leaf, leaves.GroupSparse) else _cut
+  cut = groups.cut if isinstance(leaf, leaves.GroupSparse) else _cut
   parts, build = cut(leaf, size, count)
 
   def part(x_MxK: jax.Array, parts: Any) -> jax.Array:
-    return reference.dot(x_MxK, build(parts).dense().astype(x_MxK.dtype))
+    run = _floats(build(parts))
+    return reference.dot(x_MxK, leaves.dense(run).astype(x_MxK.dtype))
 
   filled = jnp.pad(flat, [(0, 0), (0, count * size - leaf.rows)])
   x_CxMxK = jnp.moveaxis(filled.reshape(-1, count, size), 1, 0)
@@ -273,66 +275,10 @@ _CUTS: dict[type, Callable[[Any, int, int], dict[str, Any]]] = {
 }
 
 
-def _unsupported_groups(leaf: leaves.GroupSparse) -> str:
-  kept = leaf.kept
-  if not leaves.is_leaf(kept):
-    return ""
-  if not isinstance(kept, leaves.QuantizedTensor) or kept.group_index is not None:
-    return "it takes kept groups that are an array or quantized in groups of consecutive rows"
-  if kept.group_size != leaf.group or kept.group_cols != 1:
-    return f"it takes a scale a kept group of {leaf.group} rows, not one for {kept.group_size}"
-  if leaf.group % _whole(kept):
-    return f"it takes groups of a multiple of {_whole(kept)} rows, not {leaf.group}"
-  return ""
-
-
-def _cut_groups(leaf: leaves.GroupSparse, size: int, count: int) -> tuple[Any, Any]:
-  """Count the groups kept before each run; their bytes are gathered run by run."""
-  mask = _runs(leaf.mask, size // leaf.group // 8, count)
-  kept = jnp.bitwise_count(mask).sum(axis=1, dtype=jnp.int32)
-  before = jnp.cumsum(kept, axis=0) - kept
-
-  def build(parts: tuple[jax.Array, jax.Array]) -> Any:
-    mask, before = parts
-    here = packing.unpack(mask, bits=1, rows=size // leaf.group)
-    # As a product: XLA would fuse a cumulative sum into each lookup, and sum anew for each.
-    so_far = jnp.dot(jnp.tri(here.shape[0]), here.astype(jnp.float32), precision="highest")
-    which = jnp.maximum(before[None] + so_far.astype(jnp.int32) - 1, 0)[:, None, :]
-
-    def take(part: jax.Array, per_group: int) -> jax.Array:
-      by_group = part.reshape(-1, per_group, part.shape[-1])
-      found = jnp.take_along_axis(by_group, which, axis=0, mode="promise_in_bounds")
-      return found.reshape(-1, part.shape[-1])
-
-    if not leaves.is_leaf(leaf.kept):
-      found = _floats(take(leaf.kept, leaf.group))
-      return _Plain(jnp.where(jnp.repeat(here, leaf.group, axis=0) == 1, found, 0))
-    scales, zeros = base.dense(leaf.kept.scales), leaf.kept.zeros
-    return dataclasses.replace(
-      leaf.kept,
-      codes=take(leaf.kept.codes, leaf.kept.codes.shape[-2] * leaf.group // leaf.kept.rows),
-      scales=jnp.where(here == 1, take(scales, 1), 0),
-      zeros=None if zeros is None else take(base.dense(zeros), 1),
-      rows=size,
-    )
-
-  return (mask, before), build
-
-
 def _floats(values: Any) -> Any:
   """Read bits of bfloat16 values as such; others are what they are."""
   bits = not leaves.is_leaf(values) and values.dtype == jnp.uint16
   return jax.lax.bitcast_convert_type(values, jnp.bfloat16) if bits else values
-
-
-@dataclasses.dataclass
-class _Plain:
-  """An array that answers like a leaf."""
-
-  value: jax.Array
-
-  def dense(self) -> jax.Array:
-    return self.value
 
 
 def _outliers(x: jax.Array, leaf: leaves.Outliers) -> jax.Array:

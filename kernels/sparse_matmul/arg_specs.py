@@ -48,6 +48,48 @@ def sparse(
   return leaves.SparseTensor(values, positions, rows, cols, n, m)
 
 
+def group_sparse(
+  rows: int,
+  cols: int,
+  *,
+  key: jax.Array,
+  bits: int = 4,
+  group: int = 16,
+  sparsity: float = 0.5,
+  zeros: bool = False,
+) -> leaves.GroupSparse:
+  """Draw a matrix of kept groups, as GQSA makes it.
+
+  Args:
+    rows, cols: of the matrix.
+    key: random key.
+    bits: of a code.
+    group: rows in a group.
+    sparsity: fraction of groups pruned.
+    zeros: whether there are zero points.
+
+  Returns:
+    The leaf.
+
+  Example:
+    >>> group_sparse(64, 3, key=jax.random.key(0)).kept.shape
+    (32, 3)
+  """
+  kc, km, ks, kz = jax.random.split(key, 4)
+  groups = -(-rows // group)
+  kept = groups - int(sparsity * groups)
+  rank = jnp.argsort(jnp.argsort(jax.random.uniform(km, (groups, cols)), axis=0), axis=0)
+  codes = jax.random.randint(kc, (kept * group, cols), 0, 2**bits).astype(jnp.uint8)
+  points = jax.random.randint(kz, (kept, cols), 0, 2**bits).astype(jnp.uint8) if zeros else None
+  held = leaves.QuantizedTensor(
+    packing.pack(codes, bits=bits), jax.random.uniform(ks, (kept, cols), minval=0.5), points, None,
+    rows=kept * group, cols=cols, bits=bits, group_size=group,
+  )  # fmt: skip
+  return leaves.GroupSparse(
+    held, packing.pack((rank < kept).astype(jnp.uint8), bits=1), rows, group
+  )
+
+
 def product(
   format: str, tokens: int, rows: int, cols: int, target: str
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -55,7 +97,8 @@ def product(
 
   Args:
     format: "2:4" or another pattern of bfloat16 values, "2:4-int8" of 8-bit ones; "-g512" behind
-      that is the number of kept rows that share a scale.
+      that is the number of kept rows that share a scale. "gqsa" is half of the groups of 16, with
+      4 bits, "vectors" 256 vectors of four rows.
     tokens, rows, cols: the product is (tokens, rows) @ (rows, cols).
     target: name of the device.
 
@@ -66,6 +109,14 @@ def product(
     >>> product("2:4-int8", 1, 4096, 256, "tpu-v5e")[1][1].values.shape
     (2048, 256)
   """
+  x = jax.ShapeDtypeStruct((tokens, rows), jnp.bfloat16)
+  if format in ("gqsa", "vectors"):
+    vectors = lambda: leaves.Codebook(
+      jnp.zeros((rows // 4, cols), jnp.uint8), jnp.zeros((256, 4)), rows, cols, 8, 4
+    )
+    groups = lambda: group_sparse(rows, cols, key=jax.random.key(0))
+    make = vectors if format == "vectors" else groups
+    return api.matmul, (x, jax.eval_shape(lambda: arrange.prepare(make(), target=target)))
   pattern, _, values = format.partition("-")
   values, _, size = values.partition("-g")
   n, m = (int(word) for word in pattern.split(":"))
@@ -74,4 +125,4 @@ def product(
     sparse(rows, cols, n, m, key=key, bits=bits, group_size=int(size or 0)), target=target
   )
   leaf = jax.eval_shape(draw, jax.random.key(0))
-  return api.matmul, (jax.ShapeDtypeStruct((tokens, rows), jnp.bfloat16), leaf)
+  return api.matmul, (x, leaf)

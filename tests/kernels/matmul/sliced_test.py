@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treesurgeon import kernels
-from treesurgeon.core import leaves, packing
+from treesurgeon.core import leaves
 from treesurgeon.kernels.matmul import sliced
 from treesurgeon.kernels.sparse_matmul import arg_specs
 
@@ -100,23 +100,9 @@ def test_one_group_of_fewer_rows_than_a_run(monkeypatch):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_kept_groups_of_codes(bits, monkeypatch):
   monkeypatch.setattr(sliced, "TILE", 4)
-  leaf = group_sparse(bits, zeros=bits == 4)
+  leaf = arg_specs.group_sparse(301, 5, key=KEY, bits=bits, zeros=bits == 4)
   check(leaf)
   check(dataclasses.replace(leaf, kept=leaf.kept.dense()))
-
-
-def group_sparse(bits, zeros=False):
-  rng = np.random.default_rng(bits)
-  mask = np.sort(rng.permuted(np.tile(np.arange(19), (5, 1)), axis=1)[:, :9], axis=1)
-  full = np.zeros((19, 5), np.uint8)
-  np.put_along_axis(full, mask.T, 1, axis=0)
-  codes = jnp.asarray(rng.integers(0, 2**bits, (9 * 16, 5)).astype(np.uint8))
-  points = jnp.asarray(rng.integers(0, 2**bits, (9, 5)).astype(np.uint8)) if zeros else None
-  kept = leaves.QuantizedTensor(
-    packing.pack(codes, bits=bits), jnp.asarray(rng.uniform(size=(9, 5)).astype(np.float32)),
-    points, None, rows=9 * 16, cols=5, bits=bits, group_size=16,
-  )  # fmt: skip
-  return leaves.GroupSparse(kept, packing.pack(jnp.asarray(full), bits=1), 19 * 16 - 3, 16)
 
 
 def test_gradients_reach_values_and_inputs(monkeypatch):
@@ -148,7 +134,7 @@ def test_stacked_leaves_under_vmap_and_scan(monkeypatch):
 
 def test_refusals():
   x = jnp.ones((1, 301))
-  whole = group_sparse(4)
+  whole = arg_specs.group_sparse(301, 5, key=KEY)
   odd = dataclasses.replace(whole, kept=dataclasses.replace(whole.kept, group_size=8))
   index = dataclasses.replace(whole.kept, group_index=jnp.zeros((1, 144), jnp.int32))
   nested = arg_specs.sparse(8, 3, 2, 4, key=KEY, bits=4)
