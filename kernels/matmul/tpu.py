@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Num
 
 from treesurgeon.core import leaves
-from treesurgeon.kernels import devices
+from treesurgeon.kernels import devices, tuning
 from treesurgeon.kernels.matmul import (
   arrange,
   layouts,
@@ -87,7 +87,7 @@ def matmul(
 
 
 def blocks(tokens: int, leaf: prepared.PreparedTensor) -> tuple[int, int]:
-  """Choose the block of the grid: long transfers, yet a first one that is a small part.
+  """Choose the block of the grid: what tuning found for the device, or else by `rule`.
 
   Args:
     tokens: rows of the activations.
@@ -104,11 +104,31 @@ def blocks(tokens: int, leaf: prepared.PreparedTensor) -> tuple[int, int]:
     >>> blocks(300, arrange.prepare(w, target="tpu-v6e"))
     (256, 1024)
   """
+  case = tuning.case_of(leaf.layout, leaf.width, leaf.group_size, tokens, leaf.rows, leaf.cols)
+  found = tuning.lookup(leaf.target, "matmul", case)
+  return rule(tokens, leaf) if found is None else (min(tokens, found[0]), found[1])
+
+
+def rule(tokens: int, leaf: prepared.PreparedTensor) -> tuple[int, int]:
+  """Choose a block untuned: long transfers, yet a first one that is a small part.
+
+  Args:
+    tokens: rows of the activations.
+    leaf: the matrix, arrays or their shapes.
+
+  Returns:
+    (tokens, columns) of a block.
+  """
   cols = leaf.codes.shape[-1]
   most = 2048 if tokens <= 64 and cols >= 8192 else 1024
-  fits = CODES // (leaves.nbytes(leaf.codes) // cols // math.prod(leaf.batch) // leaf.steps)
-  width = min(most, fits, cols // 4) // UNIT * UNIT
+  width = min(most, widest(leaf), cols // 4) // UNIT * UNIT
   return min(tokens, TOKENS), max(UNIT, width)
+
+
+def widest(leaf: prepared.PreparedTensor) -> int:
+  """Count the columns whose codes fit a block."""
+  per_column = leaves.nbytes(leaf.codes) // leaf.codes.shape[-1] // math.prod(leaf.batch)
+  return CODES // (per_column // leaf.steps)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
