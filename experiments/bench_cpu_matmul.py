@@ -25,12 +25,15 @@ from absl import app, flags
 from rich import console, table
 
 from treesurgeon import kernels
-from treesurgeon.core import allocator
+from treesurgeon.core import allocator, leaves
 from treesurgeon.kernels.matmul import arg_specs
+from treesurgeon.kernels.sparse_matmul import arg_specs as sparse_specs
 
 SHAPES = ((4096, 4096), (4096, 14336))
 TOKENS = (1, 4, 8, 64)
 FORMATS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "nf": 4}
+LOOKED_UP = ("int4", "int2")  # by T-MAC's tables, too
+VECTORS = {"vectors of 4": 4, "vectors of 8": 8}  # of 256
 TARGETS = {1: 1.3, 8: 1.9}  # tokens to times the speed of dense float32
 JUDGED = ("int8", "int4")
 
@@ -78,8 +81,8 @@ def measure(rows: int, cols: int, seconds: float, wall: bool) -> list[dict[str, 
     wall: wall time instead of processor time.
 
   Returns:
-    One row a product: format (with " bf16" behind it the activations are that), m, k, n,
-    group_size, ms, source.
+    One row a product: format (with " bf16" behind it the activations are that, with " lut" sums of
+    activations are looked up bit plane by bit plane), m, k, n, group_size, ms, source.
   """
   clock = time.perf_counter if wall else time.process_time
   key = jax.random.key(0)
@@ -88,19 +91,29 @@ def measure(rows: int, cols: int, seconds: float, wall: bool) -> list[dict[str, 
     leaf = arg_specs.operands(arg_specs.ArgSpec(1, rows, cols, bits=bits), key)[1]
     weights[name] = leaf if name.startswith("int") else dataclasses.replace(leaf, format=name)
   weights |= {f"{name} bf16": weights[name] for name in JUDGED}
+  weights |= {f"{name} lut": weights[name] for name in LOOKED_UP}
+  for name, length in VECTORS.items():
+    codes = jax.random.randint(key, (rows // length, cols), 0, 256).astype(jnp.uint8)
+    book = jax.random.normal(key, (256, length))
+    weights[name] = leaves.Codebook(codes, book, rows, cols, 8, length)
+  weights["2:4"] = sparse_specs.sparse(rows, cols, 2, 4, key=key)
+  weights["2:4 int8"] = sparse_specs.sparse(rows, cols, 2, 4, key=key, bits=8)
+  weights["gqsa"] = sparse_specs.group_sparse(rows, cols, key=key)
   weights["f32"] = jax.random.normal(key, (rows, cols)) / rows**0.5
   weights["bf16"] = weights["f32"].astype(jnp.bfloat16)
   product = jax.jit(kernels.matmul)
+  by_tables = jax.jit(functools.partial(kernels.matmul, implementation="lut"))
   out = []
   for tokens in TOKENS:
     calls = {}
     for name, weight in weights.items():
       x = jax.random.normal(key, (tokens, rows))
       x = x.astype(jnp.bfloat16) if name.endswith("bf16") else x
-      calls[name] = functools.partial(product, x, weight)
+      multiply = by_tables if name.endswith("lut") else product
+      calls[name] = functools.partial(multiply, x, weight)
       jax.block_until_ready(calls[name]())
     for name, took in least(calls, seconds, clock).items():
-      size = None if name in ("f32", "bf16") else 128
+      size = 128 if name.startswith(tuple(FORMATS)) else None
       out.append(
         {"target": "cpu", "format": name, "m": tokens, "k": rows, "n": cols, "group_size": size,
          "ms": took, "source": "measured, " + ("wall" if wall else "one core")}

@@ -53,4 +53,14 @@ PROCEDURES: dict[str, entries.Procedure] = {
     command="treesurgeon moe --help",
     note="Mixtral, Qwen2-MoE and Qwen3-MoE; tensors equal mergekit-moe's",
   ),
+  "table lookup of bit planes": entries.Procedure(
+    "kernels/lut_matmul/xla.py",
+    "Wei et al., T-MAC: CPU renaissance via table lookup for low-bit LLM deployment on edge, 2024, "
+    "arXiv 2407.00088",
+    "tests/kernels/lut_matmul/xla_test.py",
+    "not reproduced",
+    "python -P -m treesurgeon.experiments.bench_cpu_matmul",
+    "exact; XLA has no byte shuffle, so that it takes 6 to 25 times as long as decoding; chosen by "
+    "implementation='lut' only",
+  ),
 }
