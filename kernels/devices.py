@@ -46,8 +46,31 @@ DEVICES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+  """One kind of GPU: those whose compute capability begins with a number.
+
+  Rates are those of an H200, by its data sheet, and choose tiles only.
+
+  Attributes:
+    capability: first part of the compute capability. Tensor cores are programmed differently in
+      each, so a kernel is for one only.
+    sms: multiprocessors.
+    bandwidth: of the memory, bytes a microsecond.
+    peak: operations of the tensor cores a microsecond, in bfloat16.
+  """
+
+  capability: int
+  sms: int
+  bandwidth: float
+  peak: float
+
+
+GPUS = {"gpu-sm90": Gpu(9, 132, 4800e3, 989e6)}
+
+
 def find(target: str) -> Device:
-  """Look a device up.
+  """Look a TPU up.
 
   Args:
     target: name from `DEVICES`.
@@ -63,7 +86,7 @@ def find(target: str) -> Device:
     'TPU v6 lite'
   """
   if target not in DEVICES:
-    raise ValueError(f"target={target!r} is unknown; known are {', '.join(DEVICES)}")
+    raise ValueError(f"target={target!r} is unknown; known are {', '.join((*DEVICES, *GPUS))}")
   return DEVICES[target]
 
 
@@ -71,11 +94,14 @@ def here() -> str | None:
   """Name the device this process computes on, or None if no kernel was written for it.
 
   Returns:
-    A name from `DEVICES`, or None.
+    A name from `DEVICES` or `GPUS`, or None.
 
   Example:
-    >>> here() in (None, *DEVICES)
+    >>> here() in (None, *DEVICES, *GPUS)
     True
   """
-  kind = jax.devices()[0].device_kind
-  return next((name for name, device in DEVICES.items() if device.kind == kind), None)
+  first = jax.devices()[0]
+  major = str(getattr(first, "compute_capability", "")).split(".")[0]
+  names = {name: device.kind == first.device_kind for name, device in DEVICES.items()}
+  names |= {name: str(gpu.capability) == major for name, gpu in GPUS.items()}
+  return next((name for name, is_it in names.items() if is_it), None)

@@ -14,8 +14,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from treesurgeon.core import hadamard, leaves
+from treesurgeon.kernels import devices
 from treesurgeon.kernels.lut_matmul import xla as lut_xla
-from treesurgeon.kernels.matmul import checks, prepared, reference, sliced, stacked, tpu, xla
+from treesurgeon.kernels.matmul import (
+  checks,
+  fitted,
+  gpu,
+  prepared,
+  reference,
+  sliced,
+  stacked,
+  tpu,
+  xla,
+)
 from treesurgeon.kernels.sparse_matmul import prepared as sparse_prepared
 from treesurgeon.kernels.sparse_matmul import tpu as sparse_tpu
 
@@ -55,6 +66,7 @@ IMPLEMENTATIONS = {
   "tpu": Implementation(
     lambda x, leaf: _KERNELS[type(leaf)].matmul(x, leaf), _unsupported_tpu, ("tpu",)
   ),
+  "mosaic_gpu": Implementation(gpu.matmul, gpu.unsupported, ("gpu",)),
   "grouped": Implementation(xla.grouped, xla.unsupported_grouped, ("gpu", "tpu")),
   "chunked": Implementation(xla.chunked, xla.unsupported_chunked, ("cpu",)),
   "lut": Implementation(lut_xla.matmul, lut_xla.unsupported, ("cpu",), lut_xla.unsupported_few),
@@ -159,20 +171,22 @@ def _product(
     x = jnp.take(x, leaf.order(), axis=-1)
     first = _product(x[..., :few], leaf.first, implementation)
     return first + _product(x[..., few:], leaf.rest, implementation)
+  if isinstance(leaf, fitted.FittedTensor):
+    return leaf.output(x, _product(leaf.inputs(x), leaf.matrix, implementation))
   if isinstance(leaf, prepared.Instead):
     filled = leaf.weight.rows - leaf.rows  # up to whole groups
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, filled)]) if filled else x
     return _product(x, leaf.weight, implementation, dtype)
   if not leaves.is_leaf(leaf):
     return reference.dot(x, jnp.asarray(leaf).astype(x.dtype))
-  kernel = _KERNELS.get(type(leaf))
-  if kernel and implementation in (None, "tpu") and not kernel.unsupported(x, leaf):
+  name, where, kernel = _kernel(leaf)
+  if kernel and implementation in (None, name) and not kernel.unsupported(x, leaf):
     multiply = functools.partial(kernel.matmul, dtype=dtype)
-    if implementation == "tpu":
+    if implementation == name:
       return multiply(x, leaf)
-    # Decided when the program is lowered, so that one compiled ahead for a TPU has the kernel.
+    # Decided when the program is lowered, so that one compiled ahead for a device has the kernel.
     other = lambda x, leaf: reference.matmul(x, leaf).astype(dtype)
-    return jax.lax.platform_dependent(x, leaf, tpu=multiply, default=other)
+    return jax.lax.platform_dependent(x, leaf, **{where: multiply}, default=other)
   if implementation is None:
     platform = _platform()
     able = (IMPLEMENTATIONS[n] for n in supported(x, leaf))
@@ -184,6 +198,14 @@ def _product(
       f"supported here: {', '.join(supported(x, leaf))}"
     )
   return IMPLEMENTATIONS[implementation].matmul(x, leaf)
+
+
+def _kernel(leaf: Any) -> tuple[str, str, Any]:
+  """Find the kernel that reads a prepared leaf: its name, platform and module, or None."""
+  whole = stacked.matrix(leaf)
+  if isinstance(whole, prepared.PreparedTensor) and whole.target in devices.GPUS:
+    return "mosaic_gpu", "cuda", gpu
+  return "tpu", "tpu", _KERNELS.get(type(leaf))
 
 
 def _platform() -> str:

@@ -38,8 +38,8 @@ def prepare(tree: Any, *, target: str | None = None) -> Any:
 
   Args:
     tree: parameters, or one leaf.
-    target: name from `devices.DEVICES`; None is the device of this process, and what is not
-      among them needs no preparation.
+    target: name from `devices.DEVICES` or `devices.GPUS`; None is the device of this process, and
+      what is not among them needs no preparation.
 
   Returns:
     The tree.
@@ -61,7 +61,8 @@ def prepare(tree: Any, *, target: str | None = None) -> Any:
   name = devices.here() if target is None else target
   if name is None:
     return tree
-  devices.find(name)
+  if name not in devices.GPUS:
+    devices.find(name)
   return _walk(tree, name)
 
 
@@ -109,6 +110,8 @@ def unsupported(leaf: Any, *, target: str | None = None) -> str:
     return f"it takes groups of 16, 32, 64 or a multiple of {UNIT} rows, not {size}"
   if size < leaf.rows and size // UNIT > MOST_UNITS:
     return f"it takes groups of up to {MOST_UNITS * UNIT} rows or of all, not {size}"
+  if target in devices.GPUS and size < leaf.rows and size % 64:
+    return f"on a GPU it takes groups of 64 or a multiple of {UNIT} rows, not {size}"
   return ""
 
 
@@ -131,13 +134,15 @@ def arrangement(
     >>> arrangement(4096, 4, 128, "tpu-v5e"), arrangement(14336, 2, 128, "tpu-v6e")
     (('gs32', 32, 1), ('gs32', 40, 3))
   """
+  units = -(-rows // UNIT)
+  whole = 1 if group_size >= rows else max(1, group_size // UNIT)
+  if target in devices.GPUS:
+    return "out_in", -(-units // whole) * whole, 1
   device = devices.find(target)
   if integers and device.integers:
     layout = "gs8" if width <= 4 else "native"
   else:
     layout = "gs32" if width in (1, 2, 3, 5) or width == 4 and not device.converts else "native"
-  units = -(-rows // UNIT)
-  whole = 1 if group_size >= rows else max(1, group_size // UNIT)
   multiple = math.lcm(layouts.tile(layout, width)[0], whole)
   if multiple > MOST_UNITS:  # a long group and many codes to a word: as bytes it fits
     layout, multiple = "native", whole
@@ -165,7 +170,7 @@ def _walk(node: Any, target: str) -> Any:
       weight = weight if weight.target == target else weight.restore()
     if not isinstance(weight, leaves.QuantizedTensor):
       return node
-    reason = unsupported(weight)
+    reason = unsupported(weight, target=target)
     if reason:
       _say(reason)
       return node
@@ -259,8 +264,17 @@ def _prepare(
     rows=leaf.rows, cols=leaf.cols, bits=leaf.bits, group_size=leaf.group_size, store=leaf.store,
     format=leaf.format, layout=layout, step=step, target=target,
     dtypes=(jnp.dtype(leaf.scales.dtype).name, zeros),
-    inputs="int8" if integers and devices.find(target).integers else "bfloat16",
+    inputs="int8" if integers and _multiplies_integers(leaf, target) else "bfloat16",
   )  # fmt: skip
+
+
+def _multiplies_integers(leaf: leaves.QuantizedTensor, target: str) -> bool:
+  """Tell whether a device has a kernel that multiplies a matrix by integers, and a faster one."""
+  if target not in devices.GPUS:
+    return devices.find(target).integers
+  line = prepared.line(leaf.format, leaf.bits)
+  assert line is not None
+  return leaf.zeros is None and line.zero == 2 ** (line.width - 1)
 
 
 def _loadable(dtype: Any) -> Any:

@@ -167,8 +167,9 @@ def _prepared_shapes(leaf: prepared.PreparedTensor) -> dict[str, tuple[int, ...]
   cols = -(-leaf.cols // UNIT) * UNIT
   groups = -(-(leaf.step * UNIT // leaf.group_size) // 8) * 8
   per_group = (1, 1, cols) if leaf.group_size >= leaf.rows else (steps, groups, cols)
+  codes = (steps * leaf.step // fields * rows, cols)
   return {
-    "codes": (steps * leaf.step // fields * rows, cols),
+    "codes": codes[::-1] if leaf.layout == "out_in" else codes,
     "scales": per_group,
     "zeros": per_group,
   }

@@ -8,6 +8,7 @@ any to any, exactly.
 * `bitstream`: `core.packing`, any width.
 * `native`: signed `jnp.int4` (up to 4 bits) or `jnp.int8`, code minus 2**(bits - 1): what XLA
   and Mosaic GPU load without unpacking.
+* `out_in`: `native` turned, columns first: as a GPU's tensor core takes weights.
 * `u8gs`: 4 bits; byte r of pair i holds row r of group 2i (low) and of group 2i + 1 (high).
 * `gs32`: 1 to 5 bits, units of 128 rows. Word [64 i + r] holds, for unit `i n + j` with
   n = 16 // bits, row 2r at bit `bits j` and row 2r + 1 at bit `16 + bits j`: a shift, a mask and
@@ -121,7 +122,7 @@ def tile(layout: str, width: int) -> tuple[int, int]:
   """Tell what a tile of a layout holds.
 
   Args:
-    layout: "gs32", "gs8" or "native".
+    layout: "gs32", "gs8", "native" or "out_in".
     width: bits of a code.
 
   Returns:
@@ -131,7 +132,7 @@ def tile(layout: str, width: int) -> tuple[int, int]:
     >>> tile("gs32", 2), tile("gs8", 2), tile("native", 4)
     ((8, 64), (4, 32), (1, 128))
   """
-  if layout == "native":
+  if layout in ("native", "out_in"):
     return 1, GROUP
   return (16 // width, GROUP // 2) if layout == "gs32" else (8 // width, GROUP // 4)
 
@@ -229,6 +230,11 @@ LAYOUTS = {
     tuple(range(1, 9)),
   ),
   "native": Layout(_to_native, _from_native, tuple(range(1, 9))),
+  "out_in": Layout(
+    lambda codes, bits, group_size: _to_native(codes, bits, group_size).T,
+    lambda packed, bits, group_size, rows: _from_native(packed.T, bits, group_size, rows),
+    tuple(range(1, 9)),
+  ),
   "u8gs": Layout(_to_u8gs, _from_u8gs, (4,)),
   "gs32": Layout(_to_gs32, _from_gs32, (1, 2, 3, 4, 5)),
   "gs8": Layout(_to_gs8, _from_gs8, (1, 2, 3, 4)),

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized matrices as a TPU's kernel reads them: arranged once, the same numbers.
+"""Quantized matrices as a device's kernel reads them: arranged once, the same numbers.
 
 Files and methods hold `QuantizedTensor`, a bitstream. `arrange.prepare` rearranges it for a device,
-exactly and reversibly, and products with what it returns run the kernel of `tpu.py`:
+exactly and reversibly, and products with what it returns run the kernels of `tpu.py` and `gpu.py`.
+On a TPU:
 
 * widths of 1, 2, 3 and 5 bits, and 4 bits on v5e and v5p: `gs32` (`layouts.py`), 16 // bits units
   of 128 rows side by side in the half-words. Three bits take 3.2: five to a half-word decode
@@ -11,6 +12,8 @@ exactly and reversibly, and products with what it returns run the kernel of `tpu
 * 4 bits elsewhere `int4`, and the rest `int8`: the chip converts them.
 * for inputs quantized to 8 bits, where the chip multiplies int8 at twice the speed (not tpu7x),
   `gs8` up to 4 bits, and `int8` above.
+
+On a GPU `out_in`: `int4` up to 4 bits and `int8` above, columns first, in one step.
 
 Ternary codes, five to a byte in files, have two bits here, and formats whose values are multiples
 of one number have the multiples for codes (`line`). Rows are filled up to whole units and steps,
@@ -104,12 +107,13 @@ class PreparedTensor(Prepared):
   """Hold a `QuantizedTensor` in a device's layout.
 
   Attributes:
-    codes: int32 words of gs32 or gs8, or int4, or int8, (..., stored rows, stored columns).
+    codes: int32 words of gs32 or gs8, or int4, or int8, (..., stored rows, stored columns); of
+      out_in (..., stored columns, stored rows).
     scales: (..., steps, groups of a step, stored columns); of one group of all rows (..., 1, 1,
       stored columns).
     zeros: like `scales`, or None.
     rows, cols, bits, group_size, store, format: as of the QuantizedTensor.
-    layout: "gs32", "gs8" or "native".
+    layout: "gs32", "gs8", "native" or "out_in".
     step: units of 128 rows that one step of the kernel takes.
     target: name of the device.
     dtypes: of scales and zeros in the QuantizedTensor.
@@ -155,7 +159,7 @@ class PreparedTensor(Prepared):
 
   @property
   def steps(self) -> int:
-    """Steps of the kernel over the rows."""
+    """Steps of a TPU's kernel over the rows."""
     fields, rows = layouts.tile(self.layout, self.width)
     return self.codes.shape[-2] // rows * fields // self.step
 
@@ -168,8 +172,9 @@ class PreparedTensor(Prepared):
     """Return the QuantizedTensor, bit for bit."""
 
     def codes_of(codes: jax.Array) -> jax.Array:
+      kept = codes[: self.cols] if self.layout == "out_in" else codes[:, : self.cols]
       plain = layouts.decode(
-        codes[:, : self.cols], layout=self.layout, bits=self.width, group_size=UNIT, rows=self.rows
+        kept, layout=self.layout, bits=self.width, group_size=UNIT, rows=self.rows
       )
       if self.line.codes is not None:
         plain = jnp.asarray(_inverse(self.line.codes))[plain]

@@ -56,6 +56,8 @@ def unsupported(x: jax.Array, leaf: Any) -> str:
   wanted = ("int8",) if leaf.integers else ("bfloat16", "float32")
   if x.dtype.name not in wanted:
     return f"it takes activations in {' or '.join(wanted)}, not {x.dtype.name}"
+  if leaf.target in devices.GPUS:
+    return f"it takes what kernels.prepare made for a TPU, not for {leaf.target}"
   if x.size == 0:
     return f"it takes at least one token, not x of shape {x.shape}"
   return ""
