@@ -10,7 +10,8 @@ import itertools
 import os
 import pathlib
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+# On the CPU, but for a test of what a GPU computes (kernels/matmul/gpu_device_test.py).
+os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")
 # No command of a test shall take programs from the user's cache, or leave some there.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 # A caller's flags, such as virtual devices, would change what is tested.
@@ -45,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
   """Sets JAX up before any test module is imported."""
   jax.config.update("jax_numpy_rank_promotion", "raise")
   gc.set_threshold(50_000, 20, 50)  # looking for garbage took a thirtieth of the time
-  if not names_peers(config):
+  if not names_peers(config) and os.environ["JAX_PLATFORMS"] == "cpu":
     # Nearly all the time of these tests goes into compiling: LLVM's optimizations are a quarter of
     # it, and what is left falls to a quarter with the former way of emitting fusions, which later
     # versions do not have. Peers are compared with what users run.
@@ -53,7 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if jax.__version_info__ < (0, 11):
       fast.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(fast)
-  else:
+  if names_peers(config):
     for line in PEERS_WARNINGS:
       config.addinivalue_line("filterwarnings", line)
   cache = getattr(config, "cache", None)
@@ -84,8 +85,9 @@ def eight_devices() -> dict[str, str]:
     "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
     "--xla_cpu_collective_timeout_seconds=1200",
   )
-  # Two programs in flight would each hold threads that the other's collectives wait for.
-  more = {"JAX_PLATFORMS": "cpu", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0"}
+  # Two programs in flight would each hold threads that the other's collectives wait for; and with
+  # as many threads as devices one that is late can keep all others waiting for ever.
+  more = {"JAX_PLATFORMS": "cpu", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0", "PJRT_NPROC": "32"}
   return {**os.environ, "XLA_FLAGS": " ".join(flags), **more}
 
 
