@@ -10,13 +10,14 @@ ARGS ?=
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 # The library alone, as a user has it; its development (libtpu, which the tests compile with,
-# complains in every program on a machine without a TPU); the peers; and the one peer that asks for
-# an older transformers than the others.
+# complains in every program on a machine without a TPU); the peers; the one peer that asks for an
+# older transformers than the others; and the compiler for NVIDIA's GPUs.
 VENV := .venv-$(VERSION)
 DEV := .venv-dev-$(VERSION)
 PEERS := .venv-peers-$(VERSION)
 LLMC := .venv-llmcompressor-$(VERSION)
-ENVIRONMENTS := $(VENV) $(DEV) $(PEERS) $(LLMC)
+GPU := .venv-gpu-$(VERSION)
+ENVIRONMENTS := $(VENV) $(DEV) $(PEERS) $(LLMC) $(GPU)
 PINS := setup.py pyproject.toml constraints.txt
 PIP := -m pip install --quiet --disable-pip-version-check --constraint
 # The root stays off sys.path (-P, and the variable for what our processes start in turn): there
@@ -28,7 +29,7 @@ SOURCES := setup.py .ci lib kernels experiments configs tests
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
-.PHONY: help quickstart setup test test-all test-peers lint format types docs clean
+.PHONY: help quickstart setup test test-all test-peers test-gpu-aot lint format types docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1|/' \
@@ -49,6 +50,9 @@ test-all: $(DEV)/.stamp  ## run the tests, the slow ones too
 
 test-peers: $(PEERS)/.stamp $(LLMC)/.stamp  ## compare with transformers, peft, ... (own environments)
 	LLMCOMPRESSOR_PYTHON=$(CURDIR)/$(LLMC)/bin/python $(PEERS)/bin/python $(PYTEST) tests/peers $(ARGS)
+
+test-gpu-aot: $(GPU)/.stamp  ## compile the kernels for a GPU, which needs none (own environment)
+	$(GPU)/bin/python $(PYTEST) tests/kernels/matmul/gpu_ahead_test.py $(ARGS)
 
 lint: $(DEV)/.stamp  ## check style and formatting
 	$(DEV)/bin/python -m ruff check $(SOURCES)
@@ -88,6 +92,12 @@ $(PEERS)/.stamp: $(PINS) | $(PEERS)/bin/python
 	$(PEERS)/bin/python $(PIP) constraints.txt torch==2.13.0
 	$(PEERS)/bin/python $(PIP) constraints.txt --editable ".[peers]"
 	$(PEERS)/bin/python $(PIP) constraints.txt --no-deps --no-build-isolation gptqmodel
+	@touch $@
+
+# jax's plugin alone: of CUDA's libraries none is needed to compile.
+$(GPU)/.stamp: $(PINS) | $(GPU)/bin/python
+	$(GPU)/bin/python $(PIP) constraints.txt --editable ".[test]"
+	$(GPU)/bin/python $(PIP) constraints.txt --no-deps jax-cuda13-plugin jax-cuda13-pjrt
 	@touch $@
 
 # The script that runs there imports nothing of treesurgeon, which is therefore not installed.
