@@ -33,7 +33,7 @@ from jaxtyping import Array, Float
 
 from treesurgeon.core import leaves, packing
 from treesurgeon.core.leaves import base
-from treesurgeon.kernels.matmul import sliced
+from treesurgeon.kernels.matmul import chunks
 
 FEW = 4  # activations whose sums a table of bit planes holds
 TABLE = 1 << 20  # bytes of the tables of a run, which stay in a core's cache
@@ -136,7 +136,7 @@ def _codebook(x: jax.Array, leaf: leaves.Codebook) -> jax.Array:
     return found.sum(axis=1).reshape(tokens, across * leaf.width)
 
   y = jnp.zeros((tokens, across * leaf.width), jnp.float32)
-  y = sliced.add_up(part, y, (x_CxMxRxL, stream))[:, : leaf.cols]
+  y = chunks.add_up(part, y, (x_CxMxRxL, stream))[:, : leaf.cols]
   return y if leaf.scales is None else y * base.dense(leaf.scales).astype(jnp.float32)
 
 
@@ -173,7 +173,7 @@ def _planes(x: jax.Array, leaf: leaves.QuantizedTensor) -> jax.Array:
     return y * s[None]
 
   y = jnp.zeros((x.shape[0], leaf.cols), jnp.float32)
-  return sliced.add_up(part, y, (x_CxMxRxF, stream, scales, zeros))
+  return chunks.add_up(part, y, (x_CxMxRxF, stream, scales, zeros))
 
 
 def _runs(x: jax.Array, count: int, run: int, length: int) -> jax.Array:

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Num
 
 from treesurgeon.core import formats, leaves, packing
 from treesurgeon.core.leaves import base
-from treesurgeon.kernels.matmul import reference, xla
+from treesurgeon.kernels.matmul import chunks, reference, xla
 from treesurgeon.kernels.sparse_matmul import groups
 
 TILE = 2 << 20  # bytes of a run in float32, which stay in a core's cache
@@ -99,7 +99,7 @@ def _multiply(flat: jax.Array, leaf: Any) -> jax.Array:
 
   filled = jnp.pad(flat, [(0, 0), (0, count * size - leaf.rows)])
   x_CxMxK = jnp.moveaxis(filled.reshape(-1, count, size), 1, 0)
-  return add_up(part, jnp.zeros((flat.shape[0], leaf.cols), jnp.float32), (x_CxMxK, parts))
+  return chunks.add_up(part, jnp.zeros((flat.shape[0], leaf.cols), jnp.float32), (x_CxMxK, parts))
 
 
 @jax.custom_vjp
@@ -114,35 +114,6 @@ _of_halves.defvjp(
   lambda flat, leaf: (_of_halves(flat, leaf), (flat, leaf)),
   lambda kept, g: jax.vjp(_multiply, *kept)[1](g),
 )
-
-
-def add_up(part: Callable[..., jax.Array], y: jax.Array, xs: Any) -> jax.Array:
-  """Add up a function's values over runs; a backward pass makes its insides again.
-
-  Args:
-    part: what to add of each run.
-    y: to add to.
-    xs: arguments of `part`, cut along their first axes.
-
-  Returns:
-    The sum.
-
-  Example:
-    >>> float(add_up(jnp.dot, jnp.zeros(()), (jnp.ones((3, 2)), jnp.ones((3, 2)))))
-    6.0
-  """
-  remade = jax.checkpoint(part, prevent_cse=False)
-  count = jax.tree.leaves(xs)[0].shape[0]
-  if count == 1:
-    return y + remade(*jax.tree.map(lambda a: a[0], xs))
-
-  def step(acc: jax.Array, run: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
-    # XLA fuses the cut of a run with what reads it, through barriers too, and on a CPU that takes
-    # up to ten times as long. It does not fuse into the branches of a condition.
-    same = lambda *chunk: acc
-    return jax.lax.cond(run[1] >= 0, lambda *c: acc + remade(*c), same, *run[0]), None
-
-  return jax.lax.scan(step, y, (xs, jnp.arange(count)))[0]
 
 
 def rows_of_run(leaf: Any, *, tokens: int) -> int:
@@ -220,9 +191,9 @@ def _sizes(leaf: leaves.QuantizedTensor, size: int) -> dict[str, int]:
 def _cut_quantized(leaf: leaves.QuantizedTensor, size: int, count: int) -> dict[str, Any]:
   per_byte = leaf.format == "ternary"
   stream = size // formats.TRITS if per_byte else size * leaf.bits // 8
-  parts = {"codes": _runs(leaf.codes, stream, count)}
+  parts = {"codes": _cut_up(leaf.codes, stream, count)}
   if leaf.group_index is not None:
-    index = _runs(jnp.swapaxes(leaf.group_index, -1, -2), size, count)
+    index = _cut_up(jnp.swapaxes(leaf.group_index, -1, -2), size, count)
     return {**parts, "group_index": jnp.swapaxes(index, -1, -2)}
   for name in ("scales", "zeros"):
     part = getattr(leaf, name)
@@ -230,7 +201,7 @@ def _cut_quantized(leaf: leaves.QuantizedTensor, size: int, count: int) -> dict[
       continue
     part = base.dense(part)
     if size % leaf.group_size == 0:
-      parts[name] = _runs(part, size // leaf.group_size, count)
+      parts[name] = _cut_up(part, size // leaf.group_size, count)
     else:
       parts[name] = part[jnp.arange(count) * size // leaf.group_size][:, None]
   return parts
@@ -246,23 +217,23 @@ def _cut_sparse(leaf: leaves.SparseTensor, size: int, count: int) -> dict[str, A
       cut |= {n: jax.tree.map(spread, getattr(values, n)) for n in ("scales", "zeros")}
     values = dataclasses.replace(values, **cut, **_sizes(values, kept))
   else:
-    values = _runs(values, kept, count)
+    values = _cut_up(values, kept, count)
   stream = kept * _place_bits(leaf) // 8
-  return {"values": values, "positions": _runs(leaf.positions, stream, count)}
+  return {"values": values, "positions": _cut_up(leaf.positions, stream, count)}
 
 
 def _cut_codebook(leaf: leaves.Codebook, size: int, count: int) -> dict[str, Any]:
-  return {"codes": _runs(leaf.codes, size // leaf.length * leaf.bits // 8, count)}
+  return {"codes": _cut_up(leaf.codes, size // leaf.length * leaf.bits // 8, count)}
 
 
 def _cut_pairs(leaf: leaves.OutlierVictim, size: int, count: int) -> dict[str, Any]:
-  return {"codes": _runs(leaf.codes, size * leaf.bits // 8, count)}
+  return {"codes": _cut_up(leaf.codes, size * leaf.bits // 8, count)}
 
 
 def _cut_signed(leaf: leaves.SignedLowRank, size: int, count: int) -> dict[str, Any]:
   return {
-    "signs": _runs(leaf.signs, size // 8, count),
-    "a": _runs(base.dense(leaf.a), size, count),
+    "signs": _cut_up(leaf.signs, size // 8, count),
+    "a": _cut_up(base.dense(leaf.a), size, count),
   }
 
 
@@ -292,7 +263,7 @@ def _place_bits(leaf: leaves.SparseTensor) -> int:
   return max(1, (leaf.m - 1).bit_length())
 
 
-def _runs(part: jax.Array, size: int, count: int) -> jax.Array:
+def _cut_up(part: jax.Array, size: int, count: int) -> jax.Array:
   """Cut rows into runs, zeros behind the last."""
   filled = jnp.pad(part, [(0, count * size - part.shape[0]), (0, 0)])
   return filled.reshape(count, size, part.shape[1])

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from treesurgeon.core import leaves, packing
+from treesurgeon.kernels.matmul import chunks
 
 # Decoded tile of a chunk: 128 rows of 1024 float32 columns are 512 KiB and stay in a core's cache.
 ROWS = 128
@@ -254,7 +255,7 @@ def _by_group(x: jax.Array, leaf: leaves.QuantizedTensor) -> jax.Array:
     stream = leaf.codes[: whole * per_stream].reshape(whole, per_stream, leaf.cols)
     groups = jnp.arange(whole * per_chunk) * inner // size
     s_WxRxN = scales[groups].reshape(whole, per_chunk, leaf.cols)
-    y = _scan(part, y, (x_WxMxK, stream, s_WxRxN))
+    y = (chunks.add_up if straddle else _scan)(part, y, (x_WxMxK, stream, s_WxRxN))
   rest = leaf.rows - whole * chunk
   if rest:
     runs = -(-rest // inner)

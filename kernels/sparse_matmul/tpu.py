@@ -59,7 +59,11 @@ def unsupported(x: jax.Array, leaf: Any) -> str:
 
 
 def matmul(
-  x: Float[Array, "*batch rows"], leaf: prepared.PreparedSparse, *, dtype: Any = jnp.float32
+  x: Float[Array, "*batch rows"],
+  leaf: prepared.PreparedSparse,
+  *,
+  dtype: Any = jnp.float32,
+  block: tuple[int, int] | None = None,
 ) -> Float[Array, "*batch cols"]:
   """Multiply by a prepared leaf. The gradient reaches `x`, values and scales.
 
@@ -67,26 +71,47 @@ def matmul(
     x: activations; rounded to bfloat16, as XLA's default precision on a TPU does.
     leaf: what `prepare` returned.
     dtype: of the result.
+    block: tokens and columns of a block; None takes `blocks`.
 
   Returns:
     The product, accumulated in float32.
   """
   flat = x.reshape(-1, leaf.rows)
-  y: jax.Array = _product(jnp.dtype(dtype).name, flat, leaf)  # pyright: ignore
+  block = block or blocks(flat.shape[0], leaf)
+  y: jax.Array = _product(jnp.dtype(dtype).name, block, flat, leaf)  # pyright: ignore
   return y.reshape(*x.shape[:-1], leaf.cols)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(dtype: str, x: jax.Array, leaf: prepared.PreparedSparse) -> jax.Array:
-  return _call(x.astype(jnp.bfloat16), leaf, jnp.dtype(dtype))
+def blocks(tokens: int, leaf: prepared.PreparedSparse) -> tuple[int, int]:
+  """Choose the block of the grid.
+
+  Args:
+    tokens: rows of the activations.
+    leaf: the matrix, arrays or their shapes.
+
+  Returns:
+    (tokens, columns) of a block.
+  """
+  cols = leaf.values.shape[-1]
+  column = leaf.step * leaf.n * UNIT * leaf.values.dtype.itemsize
+  return min(tokens, TOKENS), max(UNIT, min(WIDTH, VALUES // column, cols // 4) // UNIT * UNIT)
 
 
-def _forward(dtype: str, x: jax.Array, leaf: prepared.PreparedSparse) -> tuple[jax.Array, Any]:
-  return _product(dtype, x, leaf), (x, leaf)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(
+  dtype: str, block: tuple[int, int], x: jax.Array, leaf: prepared.PreparedSparse
+) -> jax.Array:
+  return _call(x.astype(jnp.bfloat16), leaf, jnp.dtype(dtype), block)
 
 
-def _backward(dtype: str, kept: Any, g: jax.Array) -> tuple[Any, Any]:
-  del dtype
+def _forward(
+  dtype: str, block: tuple[int, int], x: jax.Array, leaf: prepared.PreparedSparse
+) -> tuple[jax.Array, Any]:
+  return _product(dtype, block, x, leaf), (x, leaf)
+
+
+def _backward(dtype: str, block: tuple[int, int], kept: Any, g: jax.Array) -> tuple[Any, Any]:
+  del dtype, block
   x, leaf = kept
   plain = lambda x, leaf: sliced.matmul(x, leaf.restore())
   return jax.vjp(plain, x, leaf)[1](g.astype(jnp.float32))
@@ -95,15 +120,15 @@ def _backward(dtype: str, kept: Any, g: jax.Array) -> tuple[Any, Any]:
 _product.defvjp(_forward, _backward)
 
 
-def _call(x: jax.Array, leaf: prepared.PreparedSparse, dtype: Any) -> jax.Array:
+def _call(
+  x: jax.Array, leaf: prepared.PreparedSparse, dtype: Any, block: tuple[int, int]
+) -> jax.Array:
   tokens, cols, lanes = x.shape[0], leaf.values.shape[-1], leaf.m * UNIT
   steps = leaf.tiles // leaf.step
   x = jnp.pad(x, [(0, 0), (0, leaf.tiles * lanes - leaf.rows)])
   x = jnp.swapaxes(x.reshape(tokens, leaf.tiles, UNIT, leaf.m), 2, 3).reshape(tokens, -1)
   value_rows, mark_rows = (a.shape[0] // steps for a in (leaf.values, leaf.marks))
-  rows_of_block = min(tokens, TOKENS)
-  fits = VALUES // (value_rows * leaf.values.dtype.itemsize)
-  width = max(UNIT, min(WIDTH, fits, cols // 4) // UNIT * UNIT)
+  rows_of_block, width = block
   parts, scale_specs, per_group = [], [], 0
   if leaf.scales is not None:
     one = leaf.group_size >= leaf.rows // leaf.m * leaf.n
@@ -152,12 +177,10 @@ def _kernel(
   k = pl.program_id(2)
   total = part = None
   for tile in range(tiles):
-    lanes = _expand(values_ref, marks_ref, tile, n, m)
-    for lane, w in enumerate(lanes):
-      first = (tile * m + lane) * UNIT
-      x = x_ref[:, first : first + UNIT]
-      y = jnp.dot(x, w.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
-      part = y if part is None else part + y
+    w = jnp.concatenate(_expand(values_ref, marks_ref, tile, n, m))
+    x = x_ref[:, tile * w.shape[0] : (tile + 1) * w.shape[0]]
+    y = jnp.dot(x, w.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    part = y if part is None else part + y
     if per_group and scales_ref is not None:
       group = (k * tiles + tile) // per_group
       group = jnp.minimum(group, scales_ref.shape[0] - 1)  # of tiles that fill up

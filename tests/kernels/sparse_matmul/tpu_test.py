@@ -47,17 +47,12 @@ def check(leaf, tokens, target="tpu-v6e"):
   np.testing.assert_allclose(got, expected, rtol=0, atol=3e-5 * np.abs(expected).max() + 1e-6)
 
 
-@settings(max_examples=3, deadline=None)
-@given(
-  pattern=st.sampled_from(PATTERNS),
-  runs=st.integers(1, 300),
-  cols=st.sampled_from((1, 7, 128, 200)),
-  bits=st.sampled_from((0, 0, 2, 4, 8)),
-  tokens=st.sampled_from((1, 3, 16)),
+@pytest.mark.parametrize(
+  ("pattern", "runs", "cols", "bits", "tokens"),
+  [((2, 4), 300, 7, 8, 3), ((4, 8), 100, 130, 0, 1), ((1, 9), 20, 3, 0, 2)],
 )
 def test_it_equals_float64(pattern, runs, cols, bits, tokens):
   n, m = pattern
-  bits = bits if n * (m - n) <= 8 else 0
   check(arg_specs.sparse(runs * m, cols, n, m, key=KEY, bits=bits), tokens)
 
 
@@ -77,7 +72,10 @@ def test_it_equals_float64_on_many_shapes(pattern, runs, cols, bits, tokens, tar
   check(arg_specs.sparse(runs * m, cols, n, m, key=KEY, bits=bits), tokens, target)
 
 
-@pytest.mark.parametrize("rows", [2048, 12 * 512])  # of one step and of several
+@pytest.mark.parametrize(
+  "rows",
+  [1024, pytest.param(12 * 512, marks=pytest.mark.slow)],  # of one step and of several
+)
 def test_groups_of_values(rows):
   check(arg_specs.sparse(rows, 9, 2, 4, key=KEY, bits=8, group_size=512), 2)
 
@@ -102,22 +100,23 @@ def by_dense(x, leaf):
   return x @ leaf.dense().astype(jnp.float32)
 
 
-def test_gradients_reach_inputs_values_and_scales():
-  g = jax.random.normal(KEY, (3, 5))
-  x = jax.random.normal(KEY, (3, 64))
-  for bits, field in ((0, "values"), (8, "scales")):
-    leaf = kernels.prepare(arg_specs.sparse(64, 5, 2, 4, key=KEY, bits=bits), target="tpu-v6e")
+@pytest.mark.parametrize(
+  ("bits", "field"), [(0, "values"), pytest.param(8, "scales", marks=pytest.mark.slow)]
+)
+def test_gradients_reach_inputs_values_and_scales(bits, field):
+  g, x = jax.random.normal(KEY, (3, 5)), jax.random.normal(KEY, (3, 64))
+  leaf = kernels.prepare(arg_specs.sparse(64, 5, 2, 4, key=KEY, bits=bits), target="tpu-v6e")
 
-    def loss(product, x, part, leaf=leaf, field=field):
-      return (product(x, dataclasses.replace(leaf, **{field: part})) * g).sum()
+  def loss(product, x, part):
+    return (product(x, dataclasses.replace(leaf, **{field: part})) * g).sum()
 
-    at = (x, getattr(leaf, field))
-    with pltpu.force_tpu_interpret_mode():
-      got = jax.grad(lambda *a, f=loss: f(tpu.matmul, *a), (0, 1))(*at)
-    want = jax.grad(lambda *a, f=loss: f(by_dense, *a), (0, 1))(*at)
-    for a, b in zip(got, want, strict=True):
-      a, b = (np.asarray(v, np.float32) for v in (a, b))
-      np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-2 * np.abs(b).max())
+  at = (x, getattr(leaf, field))
+  with pltpu.force_tpu_interpret_mode():
+    got = jax.grad(lambda *a: loss(tpu.matmul, *a), (0, 1))(*at)
+  want = jax.grad(lambda *a: loss(by_dense, *a), (0, 1))(*at)
+  for a, b in zip(got, want, strict=True):
+    a, b = (np.asarray(v, np.float32) for v in (a, b))
+    np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-2 * np.abs(b).max())
 
 
 def test_what_no_kernel_takes():
@@ -132,5 +131,5 @@ def test_what_no_kernel_takes():
   ready = kernels.prepare(arg_specs.sparse(64, 3, 2, 4, key=KEY), target="tpu-v6e")
   with pytest.raises(ValueError, match="bfloat16 or float32, not float16"):
     kernels.matmul(jnp.ones((1, 64), jnp.float16), ready, implementation="tpu")
-  assert kernels.matmul(jnp.ones((0, 64)), ready).shape == (0, 3)
+  assert "at least one token" in tpu.unsupported(jnp.ones((0, 64)), ready)
   assert "on a TPU only" in prepared.unsupported(ready.restore(), target="gpu-sm90")
