@@ -162,7 +162,7 @@ def _product(
     first = _product(x[..., :few], leaf.first, implementation)
     return first + _product(x[..., few:], leaf.rest, implementation)
   if isinstance(leaf, prepared.Instead):
-    filled = leaf.weight.rows - leaf.rows  # up to whole groups
+    filled = leaf.weight.shape[-2] - leaf.rows  # up to whole groups
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, filled)]) if filled else x
     return _product(x, leaf.weight, implementation, dtype)
   if not leaves.is_leaf(leaf):

@@ -28,6 +28,8 @@ from treesurgeon.kernels.matmul import layouts, prepared
 
 UNIT = layouts.GROUP
 MOST_LANES = 48  # that a step of the kernel unrolls
+# Where bfloat16 values with over one mark a row, such as 4:8, take longer than dense weights.
+DENSE = ("tpu7x",)
 
 
 @base.container(("values", "marks", "scales"))
@@ -109,6 +111,40 @@ class PreparedSparse(prepared.Prepared):
     return self.restore().dense()
 
 
+@base.container(("weight", "original"))
+class Expanded(prepared.Instead):
+  """Hold N:M weights, and the dense matrix that is multiplied by in their place.
+
+  Attributes:
+    weight: the matrix, all zeros in it.
+    original: the SparseTensor.
+    target: name of the device.
+  """
+
+  weight: base.Part
+  original: base.Part
+  target: str
+
+  @property
+  def rows(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Input dimension."""
+    return self.original.rows
+
+  @property
+  def cols(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Output dimension."""
+    return self.original.cols
+
+  @property
+  def dtype(self) -> np.dtype:
+    """Dtype of the dense value."""
+    return self.weight.dtype
+
+  def restore(self) -> leaves.SparseTensor:
+    """Return the SparseTensor."""
+    return self.original
+
+
 def unsupported(leaf: leaves.SparseTensor, *, target: str | None = None) -> str:
   """Say why no kernel takes a leaf.
 
@@ -143,7 +179,7 @@ def unsupported(leaf: leaves.SparseTensor, *, target: str | None = None) -> str:
 
 
 @functools.partial(jax.jit, static_argnames=("target",))
-def prepare(leaf: leaves.SparseTensor, target: str) -> PreparedSparse:
+def prepare(leaf: leaves.SparseTensor, target: str) -> PreparedSparse | Expanded:
   """Arrange a leaf that `unsupported` accepts.
 
   Args:
@@ -151,7 +187,7 @@ def prepare(leaf: leaves.SparseTensor, target: str) -> PreparedSparse:
     target: name of the device.
 
   Returns:
-    The same matrix.
+    The same matrix: PreparedSparse, or Expanded where the kernel would be slower than a dense one.
 
   Example:
     >>> leaf = leaves.SparseTensor(
@@ -160,6 +196,8 @@ def prepare(leaf: leaves.SparseTensor, target: str) -> PreparedSparse:
     [[13]]
   """
   n, m, values = leaf.n, leaf.m, leaf.values
+  if target in DENSE and not leaves.is_leaf(values) and n * (m - n) > m:
+    return Expanded(leaf.dense(), leaf, target)
   runs, kept = leaf.rows // m, leaf.rows // m * n
   quantized = isinstance(values, leaves.QuantizedTensor)
   width = 8 if quantized else 16

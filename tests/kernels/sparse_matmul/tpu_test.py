@@ -96,6 +96,18 @@ def test_stacked_layers_and_other_devices():
   np.testing.assert_allclose(scanned, elsewhere, rtol=2e-2, atol=2e-2)
 
 
+def test_patterns_that_lose_are_made_dense_at_load():
+  leaf = arg_specs.sparse(64, 5, 4, 8, key=KEY)
+  ready = kernels.prepare([leaf], target="tpu7x")[0]
+  assert isinstance(ready, prepared.Expanded) and ready.shape == (64, 5)
+  same(kernels.restore(ready), leaf)
+  x = jax.random.normal(KEY, (2, 64))
+  expected = np.asarray(x, np.float64) @ np.asarray(leaf.dense(), np.float64)
+  np.testing.assert_allclose(kernels.matmul(x, ready), expected, rtol=1e-5, atol=1e-4)
+  np.testing.assert_array_equal(ready.dense(), leaf.dense())
+  assert isinstance(kernels.prepare(ready, target="tpu-v6e"), prepared.PreparedSparse)
+
+
 def by_dense(x, leaf):
   return x @ leaf.dense().astype(jnp.float32)
 
