@@ -28,8 +28,9 @@ UNIT = layouts.GROUP
 FEW = 64  # tokens up to which partial products are scaled instead of weights
 SHARED = 220 << 10  # bytes of a multiprocessor's shared memory that blocks may take
 START = 1.0  # microseconds until a block's first tiles have come
-SUM = 2.0  # microseconds for adding up the sums of several blocks
-SLOTS = 8  # steps whose copies are in flight, at most
+SUM = 2.0  # microseconds for adding up the sums of several blocks, besides their bytes
+SLOTS, SLOTS_MANY = 8, 5  # steps whose copies are in flight, at most; more spill with many tokens
+DECODED = 110e3  # weights a microsecond that a multiprocessor turns into bfloat16
 
 
 def unsupported(x: jax.Array, leaf: Any) -> str:
@@ -122,21 +123,26 @@ def choose(tokens: int, leaf: prepared.PreparedTensor, dtype: Any = jnp.float32)
     # More warpgroups decode faster and share activations; fewer have registers for more tokens.
     groups = 4 if size <= FEW and columns % (4 * block.WARPGROUP) == 0 else 2
     width = groups * block.WARPGROUP
-    half = group == UNIT // 2 or size > FEW and not (integers and bits == 8)
+    half = group == UNIT // 2 or size >= FEW and not (integers and bits == 8)
     depth = UNIT // 2 if half else UNIT
     steps = rows // depth
     tiles = -(-tokens // size) * (columns // width)
     copied = (width * bits // 8 + size * jnp.dtype(leaf.inputs).itemsize) * depth + 8 * width
     flops = 2 * size * width * depth
-    step_us = device.sms * max(width * depth * bits / 8 / device.bandwidth, flops / device.peak)
+    step_us = max(
+      device.sms * width * depth * bits / 8 / device.bandwidth,
+      device.sms * flops / device.peak + width * depth / DECODED / 2,  # half of it overlaps
+    )
     for splits in range(1, steps + 1):
       part = steps // splits
       if steps % splits or not _whole_groups(part * depth, group):
         continue
-      us = -(-tiles * splits // device.sms) * (part * step_us + START) + SUM * (splits > 1)
+      us = -(-tiles * splits // device.sms) * (part * step_us + START)
+      if splits > 1:
+        us += SUM + 8 * splits * tokens * columns / device.bandwidth
       wide = 4 if splits > 1 else jnp.dtype(dtype).itemsize
       room = SHARED - groups * min(size, FEW) * block.WARPGROUP * wide
-      slots = max(2, min(SLOTS, room // copied, part))
+      slots = max(2, min(SLOTS if size <= FEW else SLOTS_MANY, room // copied, part))
       if best is None or us < best[0]:
         best = us, block.Tile(size, groups, depth, part, splits, slots)
   assert best is not None

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WARPGROUP = 64  # columns of one
-_MEMORY_REGISTERS = 56  # of the warpgroup that only copies
+_MEMORY_REGISTERS = 64  # of the warpgroup that only copies
 
 
 class Tile(NamedTuple):

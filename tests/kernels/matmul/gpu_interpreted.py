@@ -25,6 +25,7 @@ from treesurgeon import kernels
 from treesurgeon.core import leaves
 from treesurgeon.kernels.matmul import arg_specs, gpu, stacked
 
+SLOW = pytest.mark.slow
 KEY = jax.random.key(1)
 TARGET = "gpu-sm90"
 BFLOAT16 = ml_dtypes.bfloat16
@@ -67,7 +68,7 @@ def check(spec, leaf=None, dtype=jnp.float32, tile=None):
   np.testing.assert_allclose(got, expected, rtol=0, atol=share * np.abs(expected).max() + 1e-5)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(
   tokens=st.sampled_from((1, 3, 16, 70)),
   rows=st.integers(1, 500),
@@ -99,7 +100,7 @@ def test_it_equals_float64_on_many_shapes(tokens, rows, cols, bits, group_size, 
   [
     (20, (16, 4, 128, 2, 2, 2)),  # sums of two blocks, tiles of tokens that overhang
     (3, (8, 2, 64, 8, 1, 3)),  # steps within a group
-    (9, (16, 2, 128, 1, 4, 2)),
+    pytest.param(9, (16, 2, 128, 1, 4, 2), marks=SLOW),
   ],
 )
 def test_tiles(tokens, tile):
@@ -111,7 +112,10 @@ def test_results_in_bfloat16():
   check(arg_specs.ArgSpec(5, 256, 128, 8, 256, False), dtype=jnp.bfloat16)
 
 
-@pytest.mark.parametrize(("format", "bits"), [("ternary", 2), ("sign", 1), ("e2m1", 4)])
+@pytest.mark.parametrize(
+  ("format", "bits"),
+  [("sign", 1), pytest.param("ternary", 2, marks=SLOW), pytest.param("e2m1", 4, marks=SLOW)],
+)
 def test_formats_whose_codes_are_not_centred(format, bits):
   spec = arg_specs.ArgSpec(3, 320, 16, bits)
   shapes = arg_specs.quantized(spec, format)
@@ -120,14 +124,17 @@ def test_formats_whose_codes_are_not_centred(format, bits):
   check(spec, leaf=dataclasses.replace(shapes, codes=codes, scales=scales))
 
 
-@pytest.mark.parametrize("tokens", [3, 70])
+@pytest.mark.parametrize("tokens", [3, pytest.param(70, marks=SLOW)])
 def test_zero_points_between_codes(tokens):
   spec = arg_specs.ArgSpec(tokens, 256, 8, 3, 64, symmetric=False)
   leaf = arg_specs.operands(spec, KEY)[1]
   check(spec, leaf=dataclasses.replace(leaf, zeros=leaf.zeros.astype(jnp.float32) + 0.375))
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(8, 128), (4, 128), (4, 300), (8, 300)])
+@pytest.mark.parametrize(
+  ("bits", "group_size"),
+  [(8, 128), (4, 300), pytest.param(4, 128, marks=SLOW), pytest.param(8, 300, marks=SLOW)],
+)
 def test_quantized_inputs(bits, group_size):
   weight = arg_specs.operands(arg_specs.ArgSpec(3, 300, 40, bits, group_size), KEY)[1]
   ready = kernels.prepare(leaves.ActivationQuantized(weight, None), target=TARGET).weight

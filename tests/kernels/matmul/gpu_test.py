@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from treesurgeon import kernels
 from treesurgeon.core import leaves
+from treesurgeon.experiments import bench_kernels
 from treesurgeon.kernels import devices
 from treesurgeon.kernels.matmul import api, arg_specs, gpu, prepared
 
@@ -114,6 +115,17 @@ def test_it_is_lowered_per_platform(tokens):
   assert "mosaic_gpu" not in jax.jit(kernels.matmul).lower(x, ready).as_text()
   wide = x.astype(jnp.float32)  # XLA multiplies these with more bits
   assert "mosaic_gpu" not in lowered(kernels.matmul, wide, ready).mlir_module()
+
+
+def test_a_model_runs_it_in_its_layers():
+  fn, (params, tokens) = bench_kernels.forward(TARGET, "compress.quantize.rtn(bits=4)")
+  text = lowered(fn, params, tokens).mlir_module()
+  # Layers are scanned over: one body has the seven or so kernels of a layer, read in their stack.
+  assert text.count("mosaic_gpu_v2") >= 6
+  stack = params["layers"]["0:3"]["attn"]["q"]["kernel"].codes
+  shape = "x".join(map(str, stack.shape))
+  calls = [line for line in text.splitlines() if "@mosaic_gpu_v2" in line]
+  assert any(f"tensor<{shape}xi4>" in line for line in calls)
 
 
 def test_refusals():
