@@ -8,10 +8,14 @@ Scores and their softmax are float32 whatever the dtype of the activations.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from treesurgeon.kernels.attention_lowbit import api as lowbit
+from treesurgeon.kernels.attention_lowbit import cache as caches
 from treesurgeon.models import spec as specs
 
 _UNLIMITED = 2**30
@@ -62,6 +66,43 @@ def attend(
   mixed = jnp.einsum("bkrt,bktd->bkrd", rows, v, preferred_element_type=jnp.float32)
   mixed = (mixed.reshape(*shape, dim) / weights.sum(axis=-1, keepdims=True)).astype(q.dtype)
   return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, dim)
+
+
+def extend(
+  q: Float[Array, "batch seq heads head_dim"],
+  k: Float[Array, "batch seq kv_heads head_dim"],
+  v: Float[Array, "batch seq kv_heads head_dim"],
+  cache: Any,
+  start: int | jax.Array,
+  *,
+  scale: float,
+  softcap: float | None = None,
+  window: int | jax.Array = 0,
+  causal: bool = True,
+  mask: jax.Array | None = None,
+) -> tuple[Float[Array, "batch seq heads head_dim"], Any]:
+  """Attend over what a cache holds and the new tokens, and add these to it.
+
+  Args:
+    q, k, v: of the new tokens.
+    cache: {"k", "v"}, each [batch, length, kv_heads, head_dim]; a `QuantizedCache`; or None.
+    start: how many tokens the cache holds; an int or traced.
+    scale, softcap: as for `attend`.
+    window, causal, mask: as for `visible`; a quantized cache is causal and takes [batch, keys].
+
+  Returns:
+    The mixed values, and the cache with the new tokens.
+  """
+  if isinstance(cache, caches.QuantizedCache):
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window, "mask": mask}
+    return lowbit.attend(q, k, v, cache, start, **options), caches.append(cache, k, v, start)
+  if cache is not None:
+    at = (0, start, 0, 0)
+    k = jax.lax.dynamic_update_slice(cache["k"], k.astype(cache["k"].dtype), at)
+    v = jax.lax.dynamic_update_slice(cache["v"], v.astype(cache["v"].dtype), at)
+    cache = {"k": k, "v": v}
+  allowed = visible(q.shape[1], k.shape[1], start=start, window=window, causal=causal, mask=mask)
+  return attend(q, k, v, allowed, scale=scale, softcap=softcap), cache
 
 
 def visible(

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from treesurgeon.core import paths
+from treesurgeon.kernels.attention_lowbit import cache as caches
 from treesurgeon.models import decoder, stack
 from treesurgeon.models import spec as specs
 
@@ -31,6 +32,9 @@ def generate(
   top_k: int = 0,
   key: jax.Array | None = None,
   eos_id: int | None = None,
+  cache_bits: int | None = None,
+  cache_group_size: int = 32,
+  cache_residual: int = 128,
 ) -> Int[Array, "batch total"]:
   """Continue prompts of equal length.
 
@@ -43,13 +47,16 @@ def generate(
     top_k: with a temperature, sample among the k most likely tokens only; 0 is all.
     key: PRNG key, needed when the temperature is not 0.
     eos_id: a sequence that produced this token is filled with it; once all have, decoding stops.
+    cache_bits: 2, 4 or 8 keeps all but the last keys and values in so many bits, as KIVI does
+      (Liu et al., arXiv:2402.02750); None keeps them as they are.
+    cache_group_size, cache_residual: of such a cache, see `init_cache`.
 
   Returns:
     Prompt and continuation, [batch, prompt + max_new_tokens].
 
   Raises:
     ValueError: for an encoder, an empty prompt, no tokens to add, a length beyond a learned
-      position table, or a temperature without a key.
+      position table, a temperature without a key, or a cache that `init_cache` refuses.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -80,13 +87,22 @@ def generate(
     raise ValueError(f"temperature={temperature} samples, which needs a key")
   key = jax.random.key(0) if key is None else key
   eos = -1 if eos_id is None else eos_id
+  sizes = (cache_bits, cache_group_size, cache_residual)
   return _generate(
-    spec, max_new_tokens, temperature > 0, top_k, params, prompt, temperature, key, eos
+    spec, max_new_tokens, temperature > 0, top_k, sizes, params, prompt, temperature, key, eos
   )
 
 
 def init_cache(
-  spec: specs.Spec, params: Mapping[str, Any], batch: int, length: int, dtype: Any = None
+  spec: specs.Spec,
+  params: Mapping[str, Any],
+  batch: int,
+  length: int,
+  dtype: Any = None,
+  *,
+  bits: int | None = None,
+  group_size: int = 32,
+  residual: int = 128,
 ) -> dict[str, Any]:
   """Make an empty cache.
 
@@ -96,14 +112,38 @@ def init_cache(
     batch: number of sequences.
     length: most tokens it will hold.
     dtype: dtype of keys and values; None takes that of the embeddings.
+    bits: 2, 4 or 8 quantizes them (`kernels/attention_lowbit/cache.py`): keys per channel in groups
+      of tokens, values per token in groups of channels; None does not.
+    group_size: of these groups.
+    residual: how many of the last tokens stay as they are, a multiple of the group size.
 
   Returns:
-    {segment: {"k", "v"}}, each [layers, batch, length, kv_heads, head_dim].
+    {segment: {"k", "v"}}, each [layers, batch, length, kv_heads, head_dim]; with bits, {segment:
+    QuantizedCache}, its arrays stacked over layers.
+
+  Raises:
+    ValueError: for other bits, or sizes that do not divide.
+
+  Example:
+    >>> import jax
+    >>> from treesurgeon import models
+    >>> spec = models.Spec(vocab_size=5, d_model=8, num_layers=3, num_heads=1, d_ff=8)
+    >>> params = models.init(spec, jax.random.key(0))
+    >>> models.init_cache(spec, params, 1, 256, bits=2)["0:3"].k_codes.shape
+    (3, 1, 1, 1, 4, 128)
   """
   dtype = params["embed"]["tokens"]["embedding"].dtype if dtype is None else dtype
   heads = spec.per_layer("num_kv_heads")
   cache = {}
   for start, stop, _ in paths.segments(params):
+    if bits is not None:
+      one = caches.init(
+        batch, heads[start], length, spec.head_dim, bits=bits, group_size=group_size,
+        residual=residual, dtype=dtype,
+      )  # fmt: skip
+      stack_up = lambda x, n=stop - start: jnp.zeros((n, *x.shape), x.dtype)
+      cache[f"{start}:{stop}"] = jax.tree.map(stack_up, one)
+      continue
     shape = (stop - start, batch, length, heads[start], spec.head_dim)
     cache[f"{start}:{stop}"] = {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
   return cache
@@ -173,12 +213,13 @@ def _hidden(
   return h, cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _generate(
   spec: specs.Spec,
   new: int,
   sampling: bool,
   top_k: int,
+  sizes: tuple[int | None, int, int],
   params: Mapping[str, Any],
   prompt: jax.Array,
   temperature: jax.Array,
@@ -207,7 +248,10 @@ def _generate(
     return step + 1, tokens, cache, done | (nxt == eos)
 
   # Only the last position is read out: a prompt's logits can be larger than the model.
-  cache = init_cache(spec, params, batch, length + new)
+  bits, group_size, residual = sizes
+  cache = init_cache(
+    spec, params, batch, length + new, bits=bits, group_size=group_size, residual=residual
+  )
   h, cache = _hidden(spec, params, prompt, cache, 0)
   first = choose(decoder.head(spec, params, h[:, -1:])[:, 0], 0)
   # Unreached positions already hold the end token, so that stopping early fills with it.

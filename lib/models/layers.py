@@ -138,21 +138,18 @@ class Attention(nn.Module):
       inv_freq = rotary.at_layer(s, layer)
       q = rotary.rotate(q, positions, inv_freq, interleaved=s.rope_interleaved)
       k = rotary.rotate(k, positions, inv_freq, interleaved=s.rope_interleaved)
-    if cache is not None:
-      at = (0, start, 0, 0)
-      k = jax.lax.dynamic_update_slice(cache["k"], k.astype(cache["k"].dtype), at)
-      v = jax.lax.dynamic_update_slice(cache["v"], v.astype(cache["v"].dtype), at)
-      cache = {"k": k, "v": v}
-    allowed = attention.visible(
-      q.shape[1],
-      k.shape[1],
-      start=start,
+    y, cache = attention.extend(
+      q,
+      k,
+      v,
+      cache,
+      start,
+      scale=s.head_dim**-0.5 if s.attn_scale is None else s.attn_scale,
+      softcap=s.attn_softcap,
       window=attention.window_at(s, layer),
       causal=s.kind == "decoder",
       mask=mask,
     )
-    scale = s.head_dim**-0.5 if s.attn_scale is None else s.attn_scale
-    y = attention.attend(q, k, v, allowed, scale=scale, softcap=s.attn_softcap)
     y = tap("attn/o/in", y.reshape(*y.shape[:2], -1))
     y = Linear(s.d_model, s.o_bias, name="o")(y)
     return tap("attn/out", y), cache
