@@ -16,7 +16,17 @@ from jaxtyping import Array, Float, Num
 from treesurgeon.core import hadamard, leaves
 from treesurgeon.kernels import devices
 from treesurgeon.kernels.lut_matmul import xla as lut_xla
-from treesurgeon.kernels.matmul import checks, gpu, prepared, reference, sliced, stacked, tpu, xla
+from treesurgeon.kernels.matmul import (
+  checks,
+  fitted,
+  gpu,
+  prepared,
+  reference,
+  sliced,
+  stacked,
+  tpu,
+  xla,
+)
 from treesurgeon.kernels.sparse_matmul import prepared as sparse_prepared
 from treesurgeon.kernels.sparse_matmul import tpu as sparse_tpu
 
@@ -161,6 +171,8 @@ def _product(
     x = jnp.take(x, leaf.order(), axis=-1)
     first = _product(x[..., :few], leaf.first, implementation)
     return first + _product(x[..., few:], leaf.rest, implementation)
+  if isinstance(leaf, fitted.FittedTensor):
+    return leaf.output(x, _product(leaf.inputs(x), leaf.matrix, implementation))
   if isinstance(leaf, prepared.Instead):
     filled = leaf.weight.shape[-2] - leaf.rows  # up to whole groups
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, filled)]) if filled else x

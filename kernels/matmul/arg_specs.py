@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from treesurgeon.core import formats, leaves, packing
-from treesurgeon.kernels.matmul import api, arrange, reference, tpu
+from treesurgeon.kernels.matmul import api, arrange, reference, stacked, tpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +124,11 @@ def product(
   """Describe a product for `static_cost`: activations in bfloat16 by a matrix as a device has it.
 
   Args:
-    format: "bf16", "int1" to "int8", "ternary", "sign" or "e2m1"; with "-a8" at the end inputs are
-      quantized to 8 bits, "-dx" is the gradient of the inputs from that of the product, and for
-      "-xla" the matrix is dequantized in plain XLA and multiplied.
+    format: "bf16", "int1" to "int8", "nf2" to "nf7", "ternary", "sign", "e2m1", "e4m3fn" or "e5m2";
+      with "-a8" at the end inputs are quantized to 8 bits, to floats where weights are of 8, "-dx"
+      is the gradient of the inputs from that of the product, and for "-xla" the matrix is
+      dequantized in plain XLA and multiplied. "mxfp4" and "nvfp4" are e2m1 with the groups and
+      scales of their names.
     tokens, rows, cols: the product is (tokens, rows) @ (rows, cols).
     group_size: rows of a group.
     target: name of the device.
@@ -145,15 +147,27 @@ def product(
   if format == "bf16":
     return api.matmul, (x, jax.ShapeDtypeStruct((rows, cols), jnp.bfloat16))
   format, _, how = format.partition("-")
-  widths = {"ternary": 2, "sign": 1, "e2m1": 4}
-  name = format if format in widths else "int"
-  bits = widths.get(format) or int(format.removeprefix("int"))
+  widths = {"ternary": 2, "sign": 1, "e2m1": 4, "e4m3fn": 8, "e5m2": 8, "mxfp4": 4, "nvfp4": 4}
+  name = format if format in widths else format.rstrip("12345678")
+  bits = widths.get(format) or int(format.removeprefix(name))
+  group_size = {"mxfp4": 32, "nvfp4": 16}.get(format, group_size)
   spec = ArgSpec(tokens, rows, cols, bits, group_size, symmetric, "bfloat16")
-  leaf = quantized(spec, name)
+  leaf = quantized(spec, "e2m1" if format in ("mxfp4", "nvfp4") else name)
+  if format == "mxfp4":
+    powers = jax.ShapeDtypeStruct(leaf.scales.shape, jnp.float8_e8m0fnu)
+    leaf = dataclasses.replace(leaf, scales=powers)
+  if format == "nvfp4":
+    groups = leaf.scales.shape[0]
+    scales = leaves.QuantizedTensor(
+      jax.ShapeDtypeStruct((groups, cols), jnp.uint8), jax.ShapeDtypeStruct((1, 1), jnp.float32),
+      None, None, rows=groups, cols=cols, bits=8, group_size=groups, format="e4m3fn",
+      group_cols=cols,
+    )  # fmt: skip
+    leaf = dataclasses.replace(leaf, scales=scales)
   if how == "xla":
     return lambda x, w: reference.matmul(x, w).astype(x.dtype), (x, leaf)
   if how == "a8":
-    leaf = leaves.ActivationQuantized(leaf, None)
+    leaf = leaves.ActivationQuantized(leaf, None, format=name if bits == 8 else "int")
   leaf = jax.eval_shape(lambda w: arrange.prepare(w, target=target), leaf)
   if how == "dx":
     dy = jax.ShapeDtypeStruct((tokens, cols), x.dtype)
@@ -169,5 +183,5 @@ def product(
     fn = functools.partial(tpu.matmul, dtype=jnp.bfloat16, block=(tokens_of, width))
     if how == "a8":
       x, leaf = jax.ShapeDtypeStruct(x.shape, leaf.weight.inputs), leaf.weight
-    return fn, (x, leaf)
+    return fn, (x, stacked.matrix(leaf))
   return api.matmul, (x, leaf)

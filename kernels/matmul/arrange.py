@@ -14,7 +14,7 @@ from treesurgeon.core import formats, leaves, packing
 from treesurgeon.core.leaves import base
 from treesurgeon.kernels import devices
 from treesurgeon.kernels.lut_matmul import transcoded
-from treesurgeon.kernels.matmul import checks, layouts, prepared
+from treesurgeon.kernels.matmul import checks, fitting, layouts, prepared, values
 from treesurgeon.kernels.sparse_matmul import groups
 from treesurgeon.kernels.sparse_matmul import prepared as sparse
 
@@ -99,8 +99,11 @@ def unsupported(leaf: Any, *, target: str | None = None) -> str:
   """
   if not isinstance(leaf, leaves.QuantizedTensor):
     return f"it takes QuantizedTensor, not {type(leaf).__name__}"
-  if prepared.line(leaf.format, leaf.bits) is None:
-    return f"it takes values in equal steps, up to 256 of them, not format {leaf.format!r}"
+  line = values.find(leaf.format, leaf.bits, target or "tpu-v5p")
+  if line is None:
+    return f"it has no codes for format {leaf.format!r}"
+  if target not in devices.GPUS:
+    return fitting.unsupported(leaf, line.width)
   if leaf.group_cols != 1 or base.is_leaf(leaf.scales) or base.is_leaf(leaf.zeros):
     return "it takes groups of rows with plain scales"
   if leaf.group_index is not None:
@@ -110,13 +113,19 @@ def unsupported(leaf: Any, *, target: str | None = None) -> str:
     return f"it takes groups of 16, 32, 64 or a multiple of {UNIT} rows, not {size}"
   if size < leaf.rows and size // UNIT > MOST_UNITS:
     return f"it takes groups of up to {MOST_UNITS * UNIT} rows or of all, not {size}"
-  if target in devices.GPUS and size < leaf.rows and size % 64:
+  if size < leaf.rows and size % 64:
     return f"on a GPU it takes groups of 64 or a multiple of {UNIT} rows, not {size}"
   return ""
 
 
 def arrangement(
-  rows: int, width: int, group_size: int, target: str, *, integers: bool = False
+  rows: int,
+  width: int,
+  group_size: int,
+  target: str,
+  *,
+  inputs: str = "bfloat16",
+  kind: str = "steps",
 ) -> tuple[str, int, int]:
   """Choose layout and step: few rows of filling, few steps.
 
@@ -125,7 +134,8 @@ def arrangement(
     width: bits of a code.
     group_size: rows of a group.
     target: name of the device.
-    integers: whether inputs are 8-bit integers.
+    inputs: dtype of the activations.
+    kind: of the device's codes, see `values`.
 
   Returns:
     (layout, units of a step, steps).
@@ -139,8 +149,12 @@ def arrangement(
   if target in devices.GPUS:
     return "out_in", -(-units // whole) * whole, 1
   device = devices.find(target)
-  if integers and device.integers:
+  if kind in values.FLOATS:
+    layout = "gs32" if values.from_words(kind, target, inputs) else kind
+  elif inputs == "int8":
     layout = "gs8" if width <= 4 else "native"
+  elif kind == "table":
+    layout = "gs32"
   else:
     layout = "gs32" if width in (1, 2, 3, 5) or width == 4 and not device.converts else "native"
   multiple = math.lcm(layouts.tile(layout, width)[0], whole)
@@ -164,9 +178,9 @@ def _walk(node: Any, target: str) -> Any:
     return arrange(node, target)
   if isinstance(node, leaves.GroupSparse) or transcoded.takes(node):
     return _instead(node, target)
-  if isinstance(node, leaves.ActivationQuantized) and takes_integers(node):
+  if isinstance(node, leaves.ActivationQuantized):
     weight = node.weight
-    if isinstance(weight, prepared.PreparedTensor):
+    if isinstance(weight, prepared.Prepared):
       weight = weight if weight.target == target else weight.restore()
     if not isinstance(weight, leaves.QuantizedTensor):
       return node
@@ -174,7 +188,8 @@ def _walk(node: Any, target: str) -> Any:
     if reason:
       _say(reason)
       return node
-    return dataclasses.replace(node, weight=_prepare(weight, target, integers=True))
+    inputs = _inputs(node, weight, target)
+    return dataclasses.replace(node, weight=_prepare(weight, target, inputs))
   if leaves.is_leaf(node) and not isinstance(node, _COMPOSITE):
     return node
   inner = lambda child: child is not node and leaves.is_leaf(child)
@@ -207,30 +222,39 @@ def _say(reason: str) -> None:
   logging.getLogger(__name__).warning("some kernels stay in plain XLA: %s", reason)
 
 
-def takes_integers(leaf: leaves.ActivationQuantized) -> bool:
-  """Tell whether inputs become integers of up to 8 bits, by which a prepared weight is multiplied.
-
-  Args:
-    leaf: kernel with quantized inputs.
-
-  Returns:
-    Whether they do.
-
-  Example:
-    >>> takes_integers(leaves.ActivationQuantized(jnp.ones((2, 1)), None))
-    True
-  """
-  return leaf.format == "int" and leaf.bits <= 8
+def _inputs(node: leaves.ActivationQuantized, weight: leaves.QuantizedTensor, target: str) -> str:
+  """Choose the dtype in which quantized inputs are multiplied: what they are, if it is faster."""
+  if target not in devices.GPUS and fitting.scales_inputs(weight):
+    return "bfloat16"
+  if node.format == "int" and node.bits <= 8 and _multiplies_integers(weight, target):
+    return "int8"
+  if node.format == "e4m3fn" and target not in devices.GPUS:
+    line = values.find(weight.format, weight.bits, target)
+    if line is not None and line.kind == "e4m3fn":
+      return "float8_e4m3fn"
+  return "bfloat16"
 
 
-@functools.partial(jax.jit, static_argnames=("target", "integers"))
-def _prepare(
-  leaf: leaves.QuantizedTensor, target: str, integers: bool = False
-) -> prepared.PreparedTensor:
-  line = prepared.line(leaf.format, leaf.bits)
+@functools.partial(jax.jit, static_argnames=("target", "inputs"))
+def _prepare(leaf: leaves.QuantizedTensor, target: str, inputs: str = "bfloat16") -> Any:
+  line = values.find(leaf.format, leaf.bits, target, inputs)
   assert line is not None
+  # What is stored in words alone, many rows to a word, is in short groups, so that steps can end.
+  words = line.kind == "table" or values.from_words(line.kind, target, inputs)
+  longest = UNIT if words else MOST_UNITS * UNIT
+  if target in devices.GPUS or not fitting.needed(leaf, line.width, longest):
+    return _arrange(leaf, target, inputs, line)
+  plain, around = fitting.fit(leaf, width=line.width, longest=longest)
+  return dataclasses.replace(around, matrix=_arrange(plain, target, inputs, line))
+
+
+def _arrange(
+  leaf: leaves.QuantizedTensor, target: str, inputs: str, line: values.Line
+) -> prepared.PreparedTensor:
   width = line.width
-  layout, step, steps = arrangement(leaf.rows, width, leaf.group_size, target, integers=integers)
+  layout, step, steps = arrangement(
+    leaf.rows, width, leaf.group_size, target, inputs=inputs, kind=line.kind
+  )
 
   def codes_of(stream: jax.Array) -> jax.Array:
     if leaf.format == "ternary":
@@ -245,7 +269,7 @@ def _prepare(
   def grouped(part: Any) -> Any:
     if part is None:
       return None
-    # What kernels can load; uint8 is exact in bfloat16.
+    # What kernels can load; uint8 and 8-bit floats are exact in bfloat16.
     exact = part.dtype in (jnp.dtype("float32"), jnp.dtype("bfloat16"))
     part = part.astype(part.dtype if exact else _loadable(part.dtype))
     part = jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, -leaf.cols % UNIT)])
@@ -264,21 +288,22 @@ def _prepare(
     rows=leaf.rows, cols=leaf.cols, bits=leaf.bits, group_size=leaf.group_size, store=leaf.store,
     format=leaf.format, layout=layout, step=step, target=target,
     dtypes=(jnp.dtype(leaf.scales.dtype).name, zeros),
-    inputs="int8" if integers and _multiplies_integers(leaf, target) else "bfloat16",
+    inputs=inputs,
   )  # fmt: skip
 
 
 def _multiplies_integers(leaf: leaves.QuantizedTensor, target: str) -> bool:
   """Tell whether a device has a kernel that multiplies a matrix by integers, and a faster one."""
   if target not in devices.GPUS:
-    return devices.find(target).integers
-  line = prepared.line(leaf.format, leaf.bits)
+    known = values.find(leaf.format, leaf.bits, target, "int8")
+    return devices.find(target).integers and known is not None
+  line = values.line(leaf.format, leaf.bits)
   assert line is not None
   return leaf.zeros is None and line.zero == 2 ** (line.width - 1)
 
 
 def _loadable(dtype: Any) -> Any:
-  return jnp.bfloat16 if dtype == jnp.uint8 else jnp.float32
+  return jnp.bfloat16 if jnp.dtype(dtype).itemsize == 1 else jnp.float32
 
 
 # What is arranged by itself: why not, and how.

@@ -9,8 +9,9 @@ any to any, exactly.
 * `native`: signed `jnp.int4` (up to 4 bits) or `jnp.int8`, code minus 2**(bits - 1): what XLA
   and Mosaic GPU load without unpacking.
 * `out_in`: `native` turned, columns first: as a GPU's tensor core takes weights.
+* `e4m3fn`, `e5m2`: 8-bit floats, as they are.
 * `u8gs`: 4 bits; byte r of pair i holds row r of group 2i (low) and of group 2i + 1 (high).
-* `gs32`: 1 to 5 bits, units of 128 rows. Word [64 i + r] holds, for unit `i n + j` with
+* `gs32`: 1 to 5 bits, or 8, units of 128 rows. Word [64 i + r] holds, for unit `i n + j` with
   n = 16 // bits, row 2r at bit `bits j` and row 2r + 1 at bit `16 + bits j`: a shift, a mask and
   an `or` make two bfloat16 `128 + code` lie side by side.
 * `gs8`: 1 to 4 bits, units of 128 rows. Word [32 i + r] holds, for unit `i n + j` with
@@ -122,7 +123,7 @@ def tile(layout: str, width: int) -> tuple[int, int]:
   """Tell what a tile of a layout holds.
 
   Args:
-    layout: "gs32", "gs8", "native" or "out_in".
+    layout: "gs32", "gs8", "native", "out_in", "e4m3fn" or "e5m2".
     width: bits of a code.
 
   Returns:
@@ -132,17 +133,17 @@ def tile(layout: str, width: int) -> tuple[int, int]:
     >>> tile("gs32", 2), tile("gs8", 2), tile("native", 4)
     ((8, 64), (4, 32), (1, 128))
   """
-  if layout in ("native", "out_in"):
+  if layout not in ("gs32", "gs8"):
     return 1, GROUP
   return (16 // width, GROUP // 2) if layout == "gs32" else (8 // width, GROUP // 4)
 
 
-def over_batch(fn: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:
+def over_batch(fn: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
   """Apply to each matrix of a stack, one after the other: unpacked codes are large.
 
   Args:
-    fn: function of a matrix.
-    array: (..., rows, columns).
+    fn: function of a matrix, or of several.
+    *arrays: (..., rows, columns), stacked alike.
 
   Returns:
     The results, stacked alike.
@@ -151,10 +152,11 @@ def over_batch(fn: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Ar
     >>> over_batch(lambda w: w[:1], jnp.ones((2, 3, 4, 5))).shape
     (2, 3, 1, 5)
   """
-  if array.ndim == 2:
-    return fn(array)
-  out = jax.lax.map(fn, array.reshape(-1, *array.shape[-2:]))
-  return out.reshape(*array.shape[:-2], *out.shape[1:])
+  batch = arrays[0].shape[:-2]
+  if not batch:
+    return fn(*arrays)
+  out = jax.lax.map(lambda each: fn(*each), [a.reshape(-1, *a.shape[-2:]) for a in arrays])
+  return out.reshape(*batch, *out.shape[1:])
 
 
 def _to_native(codes: jax.Array, bits: int, group_size: int) -> jax.Array:
@@ -223,6 +225,15 @@ def _from_gs8(packed: jax.Array, bits: int, group_size: int, rows: int) -> jax.A
   return jnp.stack(units, axis=1).reshape(-1, packed.shape[1])[:rows].astype(jnp.uint8)
 
 
+def _as_floats(dtype: str) -> Layout:
+  """Call bytes what they are."""
+  return Layout(
+    lambda codes, bits, group_size: jax.lax.bitcast_convert_type(codes, jnp.dtype(dtype)),
+    lambda packed, bits, group_size, rows: jax.lax.bitcast_convert_type(packed[:rows], jnp.uint8),
+    (8,),
+  )
+
+
 LAYOUTS = {
   "bitstream": Layout(
     lambda codes, bits, group_size: packing.pack(codes, bits=bits),
@@ -236,7 +247,9 @@ LAYOUTS = {
     tuple(range(1, 9)),
   ),
   "u8gs": Layout(_to_u8gs, _from_u8gs, (4,)),
-  "gs32": Layout(_to_gs32, _from_gs32, (1, 2, 3, 4, 5)),
+  "e4m3fn": _as_floats("float8_e4m3fn"),
+  "e5m2": _as_floats("float8_e5m2"),
+  "gs32": Layout(_to_gs32, _from_gs32, (1, 2, 3, 4, 5, 8)),
   "gs8": Layout(_to_gs8, _from_gs8, (1, 2, 3, 4)),
 }
 

@@ -20,8 +20,7 @@ of one number have the multiples for codes (`line`). Rows are filled up to whole
 columns to a multiple of 128; scales are grouped by the step of the kernel that reads them.
 """
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,57 +28,9 @@ import numpy as np
 
 from treesurgeon.core import formats, leaves, packing
 from treesurgeon.core.leaves import base
-from treesurgeon.kernels.matmul import layouts
+from treesurgeon.kernels.matmul import layouts, values
 
 UNIT = layouts.GROUP
-
-
-class Line(NamedTuple):
-  """Codes of a device whose values are `(code - zero) * factor`.
-
-  Attributes:
-    width: bits of a code.
-    zero, factor: of the values.
-    codes: the device's code of each code in files, or None if they are the same.
-  """
-
-  width: int
-  zero: float
-  factor: float
-  codes: np.ndarray | None = None
-
-
-@functools.cache
-def line(format: str, bits: int) -> Line | None:
-  """Find codes in equal steps for a format, wider than its own if they must be.
-
-  Integers, ternary and sign codes are in equal steps; e2m1 and other small floats, and powers of
-  two, are multiples of their smallest value: twelve halves, so 5 bits, for e2m1. A minus zero
-  becomes a zero, and the code for what is no number becomes one.
-
-  Args:
-    format: of a QuantizedTensor.
-    bits: width of a code.
-
-  Returns:
-    The line, or None if it would need over 8 bits.
-
-  Example:
-    >>> line("e2m1", 4)[:3], line("nf", 4)
-    ((5, 12.0, 0.5), None)
-  """
-  known = {"int": Line(bits, 2.0 ** (bits - 1), 1.0), "ternary": Line(2, 1.0, 1.0),
-           "sign": Line(1, 0.5, 2.0)}  # fmt: skip
-  if format in known:
-    return known[format]
-  levels = np.nan_to_num(formats.levels(format, bits).astype(np.float64))
-  factor = np.abs(levels[levels != 0]).min()
-  steps = levels / factor
-  zero = -steps.min()
-  width = int(np.ceil(np.log2(steps.max() + zero + 1)))
-  if (steps != np.round(steps)).any() or width > 8:
-    return None
-  return Line(width, float(zero), float(factor), (steps + zero).astype(np.uint8))
 
 
 class Prepared(base.Compressed):
@@ -146,9 +97,9 @@ class PreparedTensor(Prepared):
     return jnp.dtype(self.store)
 
   @property
-  def line(self) -> "Line":
+  def line(self) -> values.Line:
     """What the device's codes stand for."""
-    found = line(self.format, self.bits)
+    found = values.find(self.format, self.bits, self.target, self.inputs)
     assert found is not None
     return found
 

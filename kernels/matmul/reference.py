@@ -18,7 +18,7 @@ def matmul(x: Num[Array, "*batch rows"], leaf: Any) -> Float[Array, "*batch cols
   """Multiply by the dense value of any leaf.
 
   Args:
-    x: activations; integers count as float32.
+    x: activations; integers and 8-bit floats count as float32.
     leaf: array or compressed leaf, logical shape (rows, cols).
 
   Returns:
@@ -28,7 +28,8 @@ def matmul(x: Num[Array, "*batch rows"], leaf: Any) -> Float[Array, "*batch cols
     >>> matmul(jnp.ones((1, 2)), leaves.LowRank(jnp.ones((2, 1)), jnp.ones((1, 3)))).tolist()
     [[2.0, 2.0, 2.0]]
   """
-  x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+  wide = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
+  x = x if wide else x.astype(jnp.float32)
   return dot(x, leaves.dense(leaf).astype(x.dtype))
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from treesurgeon.core.leaves import base
-from treesurgeon.kernels.matmul import prepared
+from treesurgeon.kernels.matmul import fitted, prepared
 
 
 @base.container(("stack", "index"))
@@ -86,7 +86,7 @@ def in_place(stacked: Any, rest: Any, index: jax.Array) -> Any:
     The layer's leaves.
 
   Example:
-    >>> in_place({"w": 1}, {"w": 2}, 0)
+    >>> in_place({"w": 1}, {"w": 2}, jax.numpy.asarray(0))
     {'w': 2}
   """
   one = lambda node, sliced: LayerOf(node, index) if _held(node) else sliced
@@ -97,7 +97,7 @@ def matrix(leaf: Any) -> Any:
   """Return what says how a leaf is arranged: of a layer the stack.
 
   Args:
-    leaf: PreparedTensor or LayerOf.
+    leaf: PreparedTensor or LayerOf, or one that was fitted to a kernel.
 
   Returns:
     The PreparedTensor.
@@ -106,6 +106,7 @@ def matrix(leaf: Any) -> Any:
     >>> matrix(3)
     3
   """
+  leaf = leaf.matrix if isinstance(leaf, fitted.FittedTensor) else leaf
   return leaf.stack if isinstance(leaf, LayerOf) else leaf
 
 

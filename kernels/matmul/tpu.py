@@ -29,6 +29,7 @@ from treesurgeon.kernels.matmul import (
 UNIT = layouts.GROUP
 TOKENS = 256  # of a block
 PRE = 96  # from so many tokens on weights are scaled, where the chip computes with bfloat16
+SMALL = 16  # and in groups of so many rows always: their partial products are eight a unit
 CODES = 13 << 19  # bytes of a block of codes, of which two are in the chip's fast memory
 VMEM = 32 << 20  # of 64 or 128 MiB; XLA counts this and what is used, and needs some itself
 
@@ -53,7 +54,7 @@ def unsupported(x: jax.Array, leaf: Any) -> str:
     reason = f"it takes what kernels.prepare made for a TPU, not {type(leaf).__name__}"
     refused = arrange.unsupported(leaf) if isinstance(leaf, leaves.QuantizedTensor) else ""
     return f"{reason}, and prepare leaves this one: {refused}" if refused else reason
-  wanted = ("int8",) if leaf.integers else ("bfloat16", "float32")
+  wanted = ("bfloat16", "float32") if leaf.inputs == "bfloat16" else (leaf.inputs,)
   if x.dtype.name not in wanted:
     return f"it takes activations in {' or '.join(wanted)}, not {x.dtype.name}"
   if leaf.target in devices.GPUS:
@@ -135,7 +136,7 @@ def widest(leaf: prepared.PreparedTensor) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(dtype: str, block: tuple[int, int], x: jax.Array, leaf: Any) -> jax.Array:
-  x = x.astype(jnp.int8 if stacked.matrix(leaf).integers else jnp.bfloat16)
+  x = x.astype(stacked.matrix(leaf).inputs)
   return _call(x, leaf, jnp.dtype(dtype), block)
 
 
@@ -149,8 +150,8 @@ def _backward(dtype: str, block: tuple[int, int], kept: Any, g: jax.Array) -> tu
   # The scales' gradients materialise the matrix; where nobody asks for them they are not compiled.
   dx, dleaf = jax.vjp(reference.matmul, x, leaf)[1](g.astype(jnp.float32))
   leaf = leaf.take() if isinstance(leaf, stacked.LayerOf) else leaf
-  if not leaf.integers:
-    pre = _scales_weights(block[0], leaf)
+  if leaf.inputs == "bfloat16":
+    pre = scales_weights(block[0], leaf)
     dx = tpu_transposed.matmul(g, leaf, dtype=x.dtype, width=min(block[1], 1024), pre=pre)
   return dx, dleaf
 
@@ -158,8 +159,18 @@ def _backward(dtype: str, block: tuple[int, int], kept: Any, g: jax.Array) -> tu
 _product.defvjp(_forward, _backward)
 
 
-def _scales_weights(tokens: int, leaf: prepared.PreparedTensor) -> bool:
-  return devices.find(leaf.target).converts and tokens >= PRE and not leaf.integers
+def scales_weights(tokens: int, leaf: prepared.PreparedTensor) -> bool:
+  """Tell whether the kernel scales weights, which it rounds to bfloat16, and not their products.
+
+  Args:
+    tokens: of a block.
+    leaf: what `prepare` returned.
+
+  Returns:
+    Whether it does: with many tokens, or with eight groups in a unit.
+  """
+  many = tokens >= PRE or leaf.group_size <= SMALL < leaf.rows
+  return many and devices.find(leaf.target).converts and leaf.inputs == "bfloat16"
 
 
 def _call(x: jax.Array, leaf: Any, dtype: Any, block: tuple[int, int]) -> jax.Array:
@@ -189,12 +200,10 @@ def _call(x: jax.Array, leaf: Any, dtype: Any, block: tuple[int, int]) -> jax.Ar
   kernel = functools.partial(
     tpu_block.multiply,
     units=units,
-    width=leaf.width,
+    line=leaf.line,
     layout=leaf.layout,
     size=units * UNIT if one_group else leaf.group_size,
-    zero=leaf.line.zero,
-    factor=leaf.line.factor,
-    pre=_scales_weights(rows_of_block, leaf),
+    pre=scales_weights(rows_of_block, leaf),
     steps=steps,
     has_zeros=leaf.zeros is not None,
   )

@@ -29,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from treesurgeon.kernels.matmul import layouts
+from treesurgeon.kernels.matmul import layouts, tpu_tables, values
 
 UNIT = layouts.GROUP
 _MANTISSA = 7
@@ -41,11 +41,9 @@ def multiply(
   scales_ref: Any,
   *refs: Any,
   units: int,
-  width: int,
+  line: values.Line,
   layout: str,
   size: int,
-  zero: float,
-  factor: float,
   pre: bool,
   steps: int,
   has_zeros: bool,
@@ -57,11 +55,9 @@ def multiply(
     codes_ref, scales_ref: of the prepared leaf.
     *refs: zero points if it has any; the output; a float32 sum of its shape if there are steps.
     units: of 128 rows.
-    width: bits of a code.
+    line: what codes stand for.
     layout: of the codes.
     size: rows of a group.
-    zero: the zero point of all, if there are none.
-    factor: of the result.
     pre: whether weights are scaled before the product, instead of the product.
     steps: over the rows.
     has_zeros: whether there are zero points.
@@ -71,12 +67,13 @@ def multiply(
   out_ref, *scratch = refs_left
   scales = scales_ref[...].astype(jnp.float32)
   zeros = None if zeros_ref is None else zeros_ref[...].astype(jnp.float32)
-  decode = decoder(codes_ref, width=width, layout=layout, dtype=x_ref.dtype)
+  decode = decoder(codes_ref, line=line, layout=layout, dtype=x_ref.dtype)
+  factor = line.factor
   if pre:
-    y = _pre(x_ref, decode, scales, zeros, units, size, zero)
+    y = _pre(x_ref, decode, scales, zeros, units, size, line.zero)
   else:
-    gain = 2.0 ** (8 - width) if layout == "gs8" else 1.0
-    y = _post(x_ref, decode, scales / gain, zeros, units, size, zero, gain)
+    gain = 2.0 ** (8 - line.width) if layout == "gs8" else 1.0
+    y = _post(x_ref, decode, scales / gain, zeros, units, size, line.zero, gain)
   if steps == 1:
     out_ref[...] = (y * factor if factor != 1 else y).astype(out_ref.dtype)
     return
@@ -98,13 +95,13 @@ def multiply(
 
 
 def decoder(
-  ref: Any, *, width: int, layout: str, dtype: Any
+  ref: Any, *, line: values.Line, layout: str, dtype: Any
 ) -> Callable[[int], tuple[jax.Array, float]]:
   """Choose how units are decoded.
 
   Args:
     ref: block of codes.
-    width: bits of a code.
+    line: what codes stand for.
     layout: of the codes.
     dtype: of the activations.
 
@@ -112,9 +109,14 @@ def decoder(
     A function from the number of a unit to (base + codes, base), 128 rows in `dtype`; gs8 gives
     2^(8 - width) times that.
   """
+  if line.table is not None:
+    look_up = tpu_tables.pairs if line.by_pairs else tpu_tables.singles
+    return look_up(ref, table=line.table)
+  if line.kind != "steps":
+    return tpu_tables.floats(ref) if layout == "gs32" else _native(ref, 0.0, dtype)
   if layout == "native":
-    return _native(ref, width, dtype)
-  return (_words if layout == "gs32" else _bytes)(ref, width)
+    return _native(ref, -(2.0 ** (line.width - 1)), dtype)
+  return (_words if layout == "gs32" else _bytes)(ref, line.width)
 
 
 def scaled(
@@ -216,11 +218,11 @@ def _pre(
   return total
 
 
-def _native(ref: Any, width: int, dtype: Any) -> Any:
-  """Convert signed codes: base + code with base = -2^(width - 1)."""
+def _native(ref: Any, base: float, dtype: Any) -> Any:
+  """Convert what the chip converts."""
 
   def decode(unit: int) -> tuple[jax.Array, float]:
-    return ref[unit * UNIT : (unit + 1) * UNIT, :].astype(dtype), -(2.0 ** (width - 1))
+    return ref[unit * UNIT : (unit + 1) * UNIT, :].astype(dtype), base
 
   return decode
 

@@ -67,7 +67,7 @@ def matmul(
   kernel = functools.partial(
     _kernel,
     units=units,
-    decode=functools.partial(tpu_block.decoder, width=leaf.width, layout=leaf.layout),
+    decode=functools.partial(tpu_block.decoder, line=leaf.line, layout=leaf.layout),
     size=units * UNIT if one_group else leaf.group_size,
     zero=leaf.line.zero,
     factor=leaf.line.factor,

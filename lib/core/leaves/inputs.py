@@ -47,6 +47,9 @@ class ActivationQuantized(base.Around):
     if self.format == "int":
       half = 2.0 ** (self.bits - 1)
       return jnp.clip(jnp.round(units), -half, half - 1)
+    if self.format in ("e4m3fn", "e5m2"):  # which hardware rounds to
+      top = formats.divisor(self.format, self.bits)
+      return jnp.clip(units, -top, top).astype(f"float8_{self.format}").astype(jnp.float32)
     table = jnp.asarray(formats.levels(self.format, self.bits))
     return table[formats.encode(units, self.format, self.bits)]
 

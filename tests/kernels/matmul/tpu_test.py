@@ -52,7 +52,7 @@ def check(spec, target, format="int", leaf=None):
   leaf = leaf or drawn
   ready = kernels.prepare(leaf, target=target)
   block = tpu.blocks(spec.tokens, ready)
-  scaled = devices.find(target).converts and block[0] >= tpu.PRE
+  scaled = tpu.scales_weights(block[0], ready)
   expected = exact(x, leaf, scaled)
   got = interpreted(x, ready)
   share = ROUNDED if scaled else EXACT
