@@ -2,17 +2,23 @@
 """Measure low-bit matrix products on a Hopper GPU beside dense bfloat16 ones, in one run.
 
 python -P -m treesurgeon.experiments.bench_gpu_matmul --json=FILE
+python -P -m treesurgeon.experiments.bench_gpu_matmul --static --json=FILE
 
-It runs on a GPU of compute capability 9 and nowhere else. The dense product is `jnp.dot`, for which
-XLA calls cuBLAS. Every product is one of a series in one program, each by a matrix of its own and
-as many as the second-level cache cannot hold; its time is that of its kernels by CUPTI, without the
-gaps between them, the median over repetitions. Weights are in groups of 128, each product is
-compared with float64, and all is measured. Targets:
+With `--static` nothing runs: every kernel is compiled for an H200, which needs the CUDA plugin and
+no GPU, and what its assembler says stands beside the times that its bytes and operations take at
+the published rates, the bounds of any kernel.
+
+It measures on a GPU of compute capability 9 and nowhere else. The dense product is `jnp.dot`, for
+which XLA calls cuBLAS. Every product is one of a series in one program, each by a matrix of its own
+and as many as the second-level cache cannot hold; its time is that of its kernels by CUPTI, without
+the gaps between them, the median over repetitions. Weights are in groups of 128, and each product
+is compared with float64. Targets:
 
 * up to 16 tokens: int4 3.2 times the speed of dense, at 80 % of the memory's bandwidth;
 * 4,096 tokens: int8 and int4 0.8 times dense, int8 by 8-bit inputs 1.5 times.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -29,13 +35,14 @@ from rich import console, table
 
 from treesurgeon import kernels
 from treesurgeon.core import leaves
-from treesurgeon.kernels import devices
-from treesurgeon.kernels.matmul import arg_specs
+from treesurgeon.kernels import devices, static_gpu
+from treesurgeon.kernels.matmul import arg_specs, gpu
 
 SHAPES = ((4096, 4096), (8192, 28672))
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 4096)
 FORMATS = ("bf16", "int8", "int4", "int8-a8", "int4-a8")
 GROUP = 128
+PRODUCT = "treesurgeon.kernels.matmul.arg_specs:product"
 CACHE = 256 << 20  # bytes that no second-level cache holds
 CHECKED = 64  # columns compared with float64
 
@@ -61,7 +68,7 @@ def target_of(format: str, tokens: int) -> float | None:
   return {"int4": 0.8, "int8": 0.8, "int8-a8": 1.5}.get(format)
 
 
-def gpu() -> str:
+def here() -> str:
   """Name the GPU that this process computes on.
 
   Returns:
@@ -110,6 +117,41 @@ def measure(rows: int, cols: int, tokens: int, target: str, repeats: int) -> lis
         "wall_us": wall_us, "bytes": moved, "bandwidth_share": share, "dense_us": dense_us,
         "speed": dense_us / kernel_us, "error": _error(x, weights[0]), "aim": aim, "met": met,
         "jax": jax.__version__, "source": "measured",
+      }
+    )  # fmt: skip
+  return out
+
+
+def compile_all(target: str) -> list[dict[str, Any]]:
+  """Compile every product that is not dense, and say what bounds it.
+
+  Args:
+    target: name from `devices.GPUS`.
+
+  Returns:
+    JSON rows.
+  """
+  cases = [
+    {"format": f, "tokens": m, "rows": k, "cols": n, "group_size": GROUP, "target": target}
+    for k, n in SHAPES
+    for m in TOKENS
+    for f in FORMATS[1:]
+  ]
+  out = []
+  for case, kernel in zip(cases, static_gpu.build(PRODUCT, cases), strict=True):
+    _, (x, leaf) = arg_specs.product(**case)
+    leaf = getattr(leaf, "weight", leaf)
+    tile = gpu.choose(x.shape[0], leaf, jnp.bfloat16)
+    device, (m, k, n) = devices.GPUS[target], (case["tokens"], case["rows"], case["cols"])
+    moved = leaves.nbytes(leaf) + 2 * m * (k + n)
+    rate = device.peak * (2 if leaf.inputs == "int8" else 1)
+    out.append(
+      {
+        "target": target, "format": case["format"], "m": m, "k": k, "n": n, "group_size": GROUP,
+        "tile": tile._asdict(), **dataclasses.asdict(kernel), "bytes": moved,
+        "memory_us": moved / device.bandwidth, "compute_us": 2 * m * k * n / rate,
+        "dense_us": max(2 * (k * n + m * (k + n)) / device.bandwidth, 2 * m * k * n / device.peak),
+        "jax": jax.__version__, "source": "static: ptxas; data sheet",
       }
     )  # fmt: skip
   return out
@@ -174,15 +216,39 @@ def show(rows: Sequence[Mapping[str, Any]]) -> table.Table:
 
   Example:
     >>> row = {"format": "bf16", "m": 1, "k": 2, "n": 2, "us": 1.0, "bandwidth_share": 0.5}
-    >>> show([{**row, "speed": 1.0, "error": 0.0, "aim": None, "met": None}]).row_count
+    >>> row |= {"source": "measured", "speed": 1.0, "error": 0.0, "aim": None, "met": None}
+    >>> show([row]).row_count
     1
   """
+  if rows[0]["source"] != "measured":
+    return _show_static(rows)
   out = table.Table("shape", "tokens", "format", "us", "% bandwidth", "x dense", "error", "aim")
   for row in rows:
     said = "" if row["aim"] is None else f"{row['aim']} {'met' if row['met'] else 'MISSED'}"
     out.add_row(
       f"{row['k']} x {row['n']}", str(row["m"]), row["format"], f"{row['us']:.2f}",
       f"{100 * row['bandwidth_share']:.0f}", f"{row['speed']:.2f}", f"{row['error']:.1e}", said,
+    )  # fmt: skip
+  return out
+
+
+def _show_static(rows: Sequence[Mapping[str, Any]]) -> table.Table:
+  heads = (
+    "shape",
+    "tokens",
+    "format",
+    "registers",
+    "spilled",
+    "memory us",
+    "compute us",
+    "dense us",
+  )
+  out = table.Table(*heads, title="Static: nothing ran; bounds at published rates")
+  for row in rows:
+    out.add_row(
+      f"{row['k']} x {row['n']}", str(row["m"]), row["format"], str(row["registers"]),
+      row["error"] or str(row["spilled"]), f"{row['memory_us']:.2f}", f"{row['compute_us']:.2f}",
+      f"{row['dense_us']:.2f}",
     )  # fmt: skip
   return out
 
@@ -195,11 +261,17 @@ def main(argv: list[str]) -> None:
   """
   del argv
   args = flags.FLAGS
+  if args.static:
+    rows = compile_all(next(iter(devices.GPUS)))
+    console.Console(width=110).print(show(rows))
+    if args.json:
+      pathlib.Path(args.json).write_text(json.dumps(rows, indent=0) + "\n")
+    return
   try:
-    target = gpu()
+    target = here()
   except ValueError as error:
     raise SystemExit(f"bench_gpu_matmul: {error}") from None
-  rows: list[dict[str, Any]] = []
+  rows = []
   for k, n in SHAPES:
     for m in TOKENS:
       rows += measure(k, n, m, target, args.repeats)
@@ -209,6 +281,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  flags.DEFINE_bool("static", False, "Compile, without a GPU.")
   flags.DEFINE_string("json", None, "Where to write the rows.")
   flags.DEFINE_integer("repeats", 20, "How often each series is timed.", 1)
   app.run(main)

@@ -24,7 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WARPGROUP = 64  # columns of one
-_MEMORY_REGISTERS = 64  # of the warpgroup that only copies
+# Registers of the warpgroup that only copies, by the number of the others: fewer are spilled.
+_MEMORY_REGISTERS = {2: 72, 4: 64}
 
 
 class Tile(NamedTuple):
@@ -134,7 +135,8 @@ def multiply(
     def step(_: Any, x_smem: Any, codes_smem: Any, *rest: Any) -> Any:
       *group, carry = rest
       if grouped:
-        scale, zero = _line([ref.at[0, mine] for ref in group], kind)
+        scale = _scale(group[0].at[0, mine], kind)
+        zero = _zero(group[1].at[0, mine], kind) if kind.zeros else None
         total = carry
       else:
         total, zero = carry
@@ -166,7 +168,7 @@ def multiply(
         max_concurrent_steps=tile.slots,
         wg_axis="warpgroup",
         num_compute_wgs=tile.groups,
-        memory_registers=_MEMORY_REGISTERS,
+        memory_registers=_MEMORY_REGISTERS[tile.groups],
         compute_context=context,
       )
 
@@ -182,9 +184,12 @@ def multiply(
         columns_at = pl.ds(n * width, width)
         columns_of_me = pl.ds(n * width + me * WARPGROUP, WARPGROUP)
 
-        def store(total: jax.Array) -> None:
+        def store(total: jax.Array, scale: Any = None) -> None:
           for first in range(0, tile.tokens, chunk):
-            out = total[:, first : first + chunk].astype(dtype)
+            out = total[:, first : first + chunk]
+            if scale is not None:
+              out = out.astype(jnp.float32) * lax.broadcast_in_dim(scale, out.shape, [0])
+            out = out.astype(dtype)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if not interpreted:
               out = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
@@ -205,11 +210,11 @@ def multiply(
               at = source.at[0, columns_of_me]
               plgpu.copy_gmem_to_smem(at, line.at[me], arrived.at[me])
             plgpu.barrier_wait(arrived.at[me])
-            scale, zero = _line([line.at[me] for line in lines], kind)
+            zero = _zero(lines[1].at[me], kind) if kind.zeros else None
 
             def whole(total: Any) -> None:
-              y = run((total, zero))[0][...].astype(jnp.float32)
-              store(y * lax.broadcast_in_dim(scale, y.shape, [0]))
+              y = run((total, zero))[0][...]
+              store(y, _scale(lines[0].at[me], kind))
 
             pl.run_scoped(whole, total_type)
 
@@ -247,14 +252,15 @@ def multiply(
   return call(*operands)
 
 
-def _line(parts: list[Any], kind: Codes) -> tuple[jax.Array, Any]:
-  """Load scales and zero points of 64 columns; a zero point is that of signed codes."""
-  scale = parts[0][...].astype(jnp.float32)
-  if kind.factor != 1:
-    scale = scale * kind.factor
-  if not kind.zeros:
-    return scale, None
-  return scale, parts[1][...].astype(jnp.float32) - kind.zero
+def _scale(line: Any, kind: Codes) -> jax.Array:
+  """Load the scales of 64 columns."""
+  scale = line[...].astype(jnp.float32)
+  return scale if kind.factor == 1 else scale * kind.factor
+
+
+def _zero(line: Any, kind: Codes) -> jax.Array:
+  """Load the zero points of 64 columns, less what signed codes are less."""
+  return line[...].astype(jnp.float32) - kind.zero
 
 
 def _weights(codes: jax.Array, zero: Any, scale: Any, kind: Codes, dtype: Any) -> jax.Array:
