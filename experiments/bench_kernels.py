@@ -32,14 +32,16 @@ from treesurgeon import kernels, models, registry
 from treesurgeon.core import model
 from treesurgeon.kernels import devices, static_cost
 from treesurgeon.kernels.matmul import arg_specs, tpu
+from treesurgeon.kernels.sparse_matmul import tpu as sparse_tpu
 from treesurgeon.run import drivers
 
 plt.switch_backend("agg")
 PRODUCT = "treesurgeon.kernels.matmul.arg_specs:product"
 FORMATS = ("int8", "int4", "int3", "int2", "ternary", "sign")
+SPARSE = ("2:4", "2:4-int8", "4:8", "gqsa", "vectors")
 SHAPES = {
   (1, 4096, 4096): FORMATS,
-  (16, 4096, 4096): (*FORMATS, "e2m1", "int8-a8", "int4-a8", "int2-a8"),
+  (16, 4096, 4096): (*FORMATS, "e2m1", "int8-a8", "int4-a8", "int2-a8", *SPARSE),
   (256, 4096, 4096): ("int8", "int4", "int3", "int2", "int8-a8"),
   (1024, 4096, 4096): ("int8", "int4"),
   (16, 4096, 14336): ("int8", "int4", "int4-xla", "int2"),
@@ -67,7 +69,7 @@ def target_of(target: str, format: str, tokens: int, rows: int, cols: int) -> fl
     >>> target_of("tpu-v6e", "int4", 256, 4096, 4096)
     1.8
   """
-  if "-" in format:
+  if "-" in format or format in SPARSE:
     wanted = ("tpu-v6e", "int2-a8", 4096, 4096)
     return 5.0 if (target, format, rows, cols) == wanted and tokens <= 16 else None
   if (rows, cols) == (4096, 14336):
@@ -121,7 +123,7 @@ def measure(target: str, shapes: Mapping[tuple[int, int, int], Sequence[str]]) -
   cases = [(shape, f) for shape, formats in shapes.items() for f in ("bf16", *formats)]
   costs = static_cost.measure([_request(target, f, shape) for shape, f in cases])
   lost = [i for i, c in enumerate(costs) if not c.error and c.cycles is None]
-  lost = [i for i in lost if cases[i][1] not in ("bf16", "int4-xla")]
+  lost = [i for i in lost if cases[i][1] not in ("bf16", "int4-xla", "4:8")]
   pieces = static_cost.measure([_piece(target, cases[i][1], cases[i][0]) for i in lost])
   for i, piece in zip(lost, pieces, strict=True):
     costs[i] = _from_piece(costs[i], piece, target, *cases[i])
@@ -160,7 +162,8 @@ def _piece(target: str, format: str, shape: tuple[int, int, int]) -> static_cost
 
 def _block(target: str, format: str, shape: tuple[int, int, int]) -> tuple[int, int]:
   _, (_, leaf) = arg_specs.product(format, *shape, GROUP, target)
-  return tpu.blocks(shape[0], getattr(leaf, "weight", leaf))
+  kernel = sparse_tpu if ":" in format else tpu
+  return kernel.blocks(shape[0], getattr(leaf, "weight", leaf))
 
 
 def _from_piece(

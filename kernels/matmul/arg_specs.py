@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from treesurgeon.core import formats, leaves, packing
 from treesurgeon.kernels.matmul import api, arrange, reference, stacked, tpu
+from treesurgeon.kernels.sparse_matmul import arg_specs as sparse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,7 @@ def product(
       with "-a8" at the end inputs are quantized to 8 bits, to floats where weights are of 8, "-dx"
       is the gradient of the inputs from that of the product, and for "-xla" the matrix is
       dequantized in plain XLA and multiplied. "mxfp4" and "nvfp4" are e2m1 with the groups and
-      scales of their names.
+      scales of their names. Others are those of `sparse_matmul.arg_specs`.
     tokens, rows, cols: the product is (tokens, rows) @ (rows, cols).
     group_size: rows of a group.
     target: name of the device.
@@ -143,6 +144,8 @@ def product(
     >>> product("int4", 1, 256, 8, 128, "tpu-v5e")[1][1].codes.shape
     (64, 128)
   """
+  if sparse.takes(format):
+    return sparse.product(format, tokens, rows, cols, target, block)
   x = jax.ShapeDtypeStruct((tokens, rows), jnp.bfloat16)
   if format == "bf16":
     return api.matmul, (x, jax.ShapeDtypeStruct((rows, cols), jnp.bfloat16))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operands that tests and benchmarks share, and programs to compile ahead of time."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 
 from treesurgeon.core import leaves, packing
 from treesurgeon.kernels.matmul import api, arrange
+from treesurgeon.kernels.matmul import tpu as dense_tpu
+from treesurgeon.kernels.sparse_matmul import tpu
 
 
 def sparse(
@@ -90,8 +93,29 @@ def group_sparse(
   )
 
 
+def takes(format: str) -> bool:
+  """Tell whether a format is one that `product` describes.
+
+  Args:
+    format: of a matrix.
+
+  Returns:
+    Whether it is.
+
+  Example:
+    >>> takes("2:4-int8"), takes("int8")
+    (True, False)
+  """
+  return ":" in format or format in ("gqsa", "vectors")
+
+
 def product(
-  format: str, tokens: int, rows: int, cols: int, target: str
+  format: str,
+  tokens: int,
+  rows: int,
+  cols: int,
+  target: str,
+  block: Sequence[int] | None = None,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
   """Describe a product for `static_cost`: bfloat16 activations by a matrix as a device has it.
 
@@ -101,6 +125,7 @@ def product(
       4 bits, "vectors" 256 vectors of four rows.
     tokens, rows, cols: the product is (tokens, rows) @ (rows, cols).
     target: name of the device.
+    block: tokens and columns of a block of the kernel; None lets it choose.
 
   Returns:
     (function, shapes of its arguments).
@@ -116,7 +141,11 @@ def product(
     )
     groups = lambda: group_sparse(rows, cols, key=jax.random.key(0))
     make = vectors if format == "vectors" else groups
-    return api.matmul, (x, jax.eval_shape(lambda: arrange.prepare(make(), target=target)))
+    leaf = jax.eval_shape(lambda: arrange.prepare(make(), target=target))
+    if block is not None:
+      fn = functools.partial(dense_tpu.matmul, dtype=jnp.bfloat16, block=(block[0], block[1]))
+      return fn, (x, leaf.weight)
+    return api.matmul, (x, leaf)
   pattern, _, values = format.partition("-")
   values, _, size = values.partition("-g")
   n, m = (int(word) for word in pattern.split(":"))
@@ -125,4 +154,7 @@ def product(
     sparse(rows, cols, n, m, key=key, bits=bits, group_size=int(size or 0)), target=target
   )
   leaf = jax.eval_shape(draw, jax.random.key(0))
+  if block is not None:
+    fn = functools.partial(tpu.matmul, dtype=jnp.bfloat16, block=(block[0], block[1]))
+    return fn, (x, leaf)
   return api.matmul, (x, leaf)

@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from treesurgeon.core import leaves
+from treesurgeon.kernels import devices
 from treesurgeon.kernels.matmul import layouts, sliced
 from treesurgeon.kernels.sparse_matmul import prepared
 
@@ -83,7 +84,7 @@ def matmul(
 
 
 def blocks(tokens: int, leaf: prepared.PreparedSparse) -> tuple[int, int]:
-  """Choose the block of the grid.
+  """Choose the block of the grid: narrow where many words would leave the registers.
 
   Args:
     tokens: rows of the activations.
@@ -94,7 +95,9 @@ def blocks(tokens: int, leaf: prepared.PreparedSparse) -> tuple[int, int]:
   """
   cols = leaf.values.shape[-1]
   column = leaf.step * leaf.n * UNIT * leaf.values.dtype.itemsize
-  return min(tokens, TOKENS), max(UNIT, min(WIDTH, VALUES // column, cols // 4) // UNIT * UNIT)
+  narrow = tokens > 64 and not leaf.bits and not devices.find(leaf.target).converts
+  most = min(WIDTH // 4 if narrow else WIDTH, VALUES // column, cols // 4)
+  return min(tokens, TOKENS), max(UNIT, most // UNIT * UNIT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
