@@ -107,7 +107,7 @@ def choose(tokens: int, leaf: prepared.PreparedTensor, dtype: Any = jnp.float32)
     >>> w = leaves.QuantizedTensor(jnp.zeros((512, 4096), jnp.uint8), jnp.ones((8, 4096)), None,
     ...                            None, rows=1024, cols=4096, bits=4, group_size=128)
     >>> choose(16, arrange.prepare(w, target="gpu-sm90"))
-    Tile(tokens=16, groups=2, depth=128, steps=2, splits=4, slots=2)
+    Tile(tokens=16, groups=4, depth=128, steps=1, splits=8, slots=2)
   """
   block = _block()
   device = devices.GPUS[leaf.target]
@@ -120,8 +120,8 @@ def choose(tokens: int, leaf: prepared.PreparedTensor, dtype: Any = jnp.float32)
     sizes = sizes[:1]  # both a group's sums and the total are in registers
   best = None
   for size in sizes:
-    # The registers that three warpgroups start with are all there are for them to hand over.
-    groups = 2
+    # More warpgroups decode faster and share activations; fewer have registers for more tokens.
+    groups = 4 if size <= FEW and columns % (4 * block.WARPGROUP) == 0 else 2
     width = groups * block.WARPGROUP
     half = group == UNIT // 2 or size >= FEW and not (integers and bits == 8)
     depth = UNIT // 2 if half else UNIT
@@ -189,7 +189,6 @@ def _call(x: jax.Array, leaf: Any, dtype: Any, tile: Any, interpreted: bool) -> 
   if leaf.zeros is not None:
     zeros = "integers" if jnp.issubdtype(leaf.dtypes[1], jnp.integer) else "floats"
   kind = block.Codes(
-    bits=4 if leaf.codes.dtype == jnp.int4 else 8,
     zero=2.0 ** (leaf.width - 1) if zeros else leaf.line.zero - 2.0 ** (leaf.width - 1),
     factor=leaf.line.factor,
     group=0 if one_group else leaf.group_size,

@@ -24,7 +24,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WARPGROUP = 64  # columns of one
-_MEMORY_REGISTERS = 72  # of the warpgroup that only copies: with twice 216, what three start with
+# Registers of the warpgroup that copies and of each of the others, by their number: they hand over
+# what they start with, and would wait forever for more. Five start with 96 each and keep them.
+_REGISTERS = {2: (72, 216)}
 
 
 class Tile(NamedTuple):
@@ -51,7 +53,6 @@ class Codes(NamedTuple):
   """What codes stand for: `(code - zero) * factor * scale`.
 
   Attributes:
-    bits: of a code in memory, 4 or 8.
     zero: where there are no zero points, and what is taken off those there are.
     factor: of the values.
     group: rows of a group; 0 is one of all rows.
@@ -60,7 +61,6 @@ class Codes(NamedTuple):
     integers: whether activations are int8 and products are integers.
   """
 
-  bits: int
   zero: float
   factor: float
   group: int
@@ -104,144 +104,140 @@ def multiply(
   width = tile.groups * WARPGROUP
   tiles = (pl.cdiv(tokens, tile.tokens), columns // width, tile.splits)
   blocks = tiles[0] * tiles[1] * tiles[2]
-  grouped = kind.group > 0
-  per_block = max(1, tile.steps * tile.depth // kind.group) if grouped else 1
   chunk = min(tile.tokens, WARPGROUP)
-  inputs = jnp.int8 if kind.integers else jnp.bfloat16
+  inputs = jnp.dtype(jnp.int8 if kind.integers else jnp.bfloat16)
   total_type = plgpu.ACC((WARPGROUP, tile.tokens), jnp.int32 if kind.integers else jnp.float32)
-
-  specs = [
-    _spec((tile.tokens, tile.depth), 8 if kind.integers else 16, lambda k: (0, k)),
-    _spec((width, tile.depth), kind.bits, lambda k: (0, k)),
-  ]
-  if grouped:
-    row = plgpu.BlockSpec((1, width), lambda k: (k * tile.depth // kind.group, 0))
-    specs += [row] * (2 if kind.zeros else 1)
-
   operands = [a for a in (x, codes, scales, zeros, layer) if a is not None]
+  lines = operands[2 : 4 if kind.zeros else 3]
 
-  def kernel(
-    *refs: Any, y_smem: Any, staging: Any = None, lines: Any = (), arrived: Any = None
-  ) -> None:
+  def kernel(*refs: Any, slots: list[Any], ready: Any, free: Any, y_smem: Any, **more: Any) -> None:
     x_gmem, *matrix, y_gmem = refs
     if layer is not None:
       index = matrix.pop()[0]
       matrix = [ref.at[index] for ref in matrix]
-    codes_gmem, *per_group = matrix
+    codes_gmem, *lines_gmem = matrix
+    x_smem, codes_smem, *lines_smem = slots
     me = lax.axis_index("warpgroup")
     mine = pl.ds(me * WARPGROUP, WARPGROUP)
 
-    def step(_: Any, x_smem: Any, codes_smem: Any, *rest: Any) -> Any:
-      *group, carry = rest
-      if grouped:
-        scale = _scale(group[0].at[0, mine], kind)
-        zero = _zero(group[1].at[0, mine], kind) if kind.zeros else None
-        total = carry
-      else:
-        total, zero = carry
-        scale: Any = None
-      w = codes_smem.at[mine]
-      if w.dtype != inputs:  # int8 is multiplied from where it lies
-        w = _weights(w[...], zero, scale if kind.pre else None, kind, inputs)
-        if interpreted:
-          staging.at[me][...] = w
-          plgpu.commit_smem()
-          w = staging.at[me]
-      if kind.pre or not grouped:
-        plgpu.wgmma(total, w, x_smem.T)
-        plgpu.wgmma_wait(0)
-        return carry
-
-      def alone(part: Any) -> jax.Array:
-        plgpu.wgmma(part, w, x_smem.T)
-        return part[...]
-
-      part = pl.run_scoped(alone, total_type).astype(jnp.float32)
-      return total + part * lax.broadcast_in_dim(scale, part.shape, [0])
-
-    def pipeline(context: Any) -> Any:
-      return plgpu.emit_pipeline_warp_specialized(
-        step,
-        grid=(tile.steps,),
-        in_specs=specs,
-        max_concurrent_steps=tile.slots,
-        wg_axis="warpgroup",
-        num_compute_wgs=tile.groups,
-        memory_registers=_MEMORY_REGISTERS,
-        compute_context=context,
-      )
-
-    piped = [x_gmem, codes_gmem, *(per_group if grouped else [])]
-
-    def scope(allocations: Any) -> None:
+    def over_tiles(body: Any) -> None:
       @plgpu.nd_loop((blocks,), collective_axes="block")
-      def _tiles(info: Any) -> None:
-        # Tiles of columns vary fastest among neighbours, so that they share activations.
-        m, n, part = _unravel(info.index[0], tiles)
-        rows = pl.ds(part * (tile.steps * tile.depth), tile.steps * tile.depth)
-        tokens_at = pl.ds(m * tile.tokens, tile.tokens)
-        columns_at = pl.ds(n * width, width)
-        columns_of_me = pl.ds(n * width + me * WARPGROUP, WARPGROUP)
+      def _tile(info: Any) -> None:
+        body(info.local_index * tile.steps, *_unravel(info.index[0], tiles))
 
-        def store(total: jax.Array, scale: Any = None) -> None:
+    @pl.when(me == tile.groups)
+    def _copy() -> None:
+      if tile.groups in _REGISTERS:
+        plgpu.set_max_registers(_REGISTERS[tile.groups][0], action="decrease")
+
+      def copies(before: Any, m: Any, n: Any, part: Any) -> None:
+        columns_at = pl.ds(n * width, width)
+
+        def step(k: Any, _: None) -> None:
+          slot = lax.rem(before + k, jnp.int32(tile.slots))
+          first = (part * tile.steps + k) * tile.depth
+          row = lax.div(first, jnp.int32(kind.group)) if kind.group else 0
+          rows = pl.ds(first, tile.depth)
+          sources = [
+            x_gmem.at[pl.ds(m * tile.tokens, tile.tokens), rows],
+            codes_gmem.at[columns_at, rows],
+            *(line.at[row, columns_at] for line in lines_gmem),
+          ]
+
+          @pl.when(before + k >= tile.slots)
+          def _wait() -> None:
+            plgpu.barrier_wait(free.at[slot])
+
+          for source, target in zip(sources, slots, strict=True):
+            plgpu.copy_gmem_to_smem(source, target.at[slot], ready.at[slot])
+
+        lax.fori_loop(0, tile.steps, step, None)
+
+      over_tiles(copies)
+
+    @pl.when(me < tile.groups)
+    def _multiply() -> None:
+      if tile.groups in _REGISTERS:
+        plgpu.set_max_registers(_REGISTERS[tile.groups][1], action="increase")
+
+      def weights(slot: Any, scale: Any) -> Any:
+        w = codes_smem.at[slot, mine]
+        if w.dtype == inputs:  # int8 is multiplied from where it lies
+          return w
+        zero = _zero(lines_smem[1].at[slot, mine], kind) if kind.zeros else None
+        w = _weights(w[...], zero, scale, kind, inputs)
+        if not interpreted:
+          return w
+        more["staging"].at[me][...] = w
+        plgpu.commit_smem()
+        return more["staging"].at[me]
+
+      def products(before: Any, m: Any, n: Any, part: Any) -> None:
+        def steps(body: Any, carry: Any) -> Any:
+          def step(k: Any, carry: Any) -> Any:
+            slot = lax.rem(before + k, jnp.int32(tile.slots))
+            plgpu.barrier_wait(ready.at[slot])
+            carry = body(slot, _scale(lines_smem[0].at[slot, mine], kind), carry)
+            plgpu.barrier_arrive(free.at[slot])
+            return carry
+
+          return lax.fori_loop(0, tile.steps, step, carry)
+
+        def store(y: jax.Array, scale: Any = None) -> None:
           for first in range(0, tile.tokens, chunk):
-            out = total[:, first : first + chunk]
+            out = y[:, first : first + chunk]
             if scale is not None:
               out = out.astype(jnp.float32) * lax.broadcast_in_dim(scale, out.shape, [0])
             out = out.astype(dtype)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if not interpreted:
               out = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             y_smem.at[me].T[...] = out
             plgpu.commit_smem()
-            at = pl.ds(m * tile.tokens + first, chunk)
-            plgpu.copy_smem_to_gmem(y_smem.at[me], y_gmem.at[part, at, columns_of_me])
+            tokens_at = pl.ds(m * tile.tokens + first, chunk)
+            columns_at = pl.ds(n * width + me * WARPGROUP, WARPGROUP)
+            plgpu.copy_smem_to_gmem(y_smem.at[me], y_gmem.at[part, tokens_at, columns_at])
 
-        def context(run: Any) -> None:
-          if kind.pre:
-            pl.run_scoped(lambda total: store(run(total)[...]), total_type)
-          elif grouped:
-            shape = (WARPGROUP, tile.tokens)
-            store(run(jnp.zeros(shape, jnp.float32)))
-          else:
-            plgpu.commit_smem()  # what was read of it before is over
-            for source, line in zip(per_group, lines, strict=True):
-              at = source.at[0, columns_of_me]
-              plgpu.copy_gmem_to_smem(at, line.at[me], arrived.at[me])
-            plgpu.barrier_wait(arrived.at[me])
-            zero = _zero(lines[1].at[me], kind) if kind.zeros else None
+        def add_up(total: Any) -> None:
+          def body(slot: Any, scale: Any, last: Any) -> Any:
+            del last
+            plgpu.wgmma(total, weights(slot, scale if kind.pre else None), x_smem.at[slot].T)
+            plgpu.wgmma_wait(0)
+            return scale
 
-            def whole(total: Any) -> None:
-              y = run((total, zero))[0][...]
-              store(y, _scale(lines[0].at[me], kind))
+          scale = steps(body, jnp.zeros(WARPGROUP, jnp.float32))
+          store(total[...], None if kind.pre else scale)
 
-            pl.run_scoped(whole, total_type)
+        def scale_parts(slot: Any, scale: Any, total: jax.Array) -> jax.Array:
+          def alone(part: Any) -> jax.Array:
+            plgpu.wgmma(part, weights(slot, None), x_smem.at[slot].T)
+            return part[...]
 
-        sources = [x_gmem.at[tokens_at, rows], codes_gmem.at[columns_at, rows]]
-        if grouped:
-          group = part * (tile.steps * tile.depth) // kind.group
-          sources += [ref.at[pl.ds(group, per_block), columns_at] for ref in per_group]
-        pipeline(context)(*sources, allocations=allocations)
+          y = pl.run_scoped(alone, total_type).astype(jnp.float32)
+          return total + y * lax.broadcast_in_dim(scale, y.shape, [0])
 
-    nothing = lambda *_: None
-    pl.run_scoped(
-      scope,
-      allocations=pipeline(nothing).get_allocations(*piped),
-      collective_axes="warpgroup",
-    )
-    plgpu.wait_smem_to_gmem(0)
+        if kind.pre or not kind.group:
+          pl.run_scoped(add_up, total_type)
+        else:
+          store(steps(scale_parts, jnp.zeros((WARPGROUP, tile.tokens), jnp.float32)))
 
-  scratch: dict[str, Any] = {"y_smem": _shared((tile.groups, chunk, WARPGROUP), dtype)}
-  if interpreted:
-    scratch["staging"] = _shared((tile.groups, WARPGROUP, tile.depth), inputs)
-  if not grouped:
-    lines = [scales] if zeros is None else [scales, zeros]
-    scratch["lines"] = [plgpu.SMEM((tile.groups, WARPGROUP), a.dtype) for a in lines]
-    scratch["arrived"] = plgpu.Barrier(num_arrivals=len(lines), num_barriers=tile.groups)
+      over_tiles(products)
+      plgpu.wait_smem_to_gmem(0)
+
   call = plgpu.kernel(
     kernel,
     out_type=jax.ShapeDtypeStruct((tile.splits, tokens, columns), dtype),
-    scratch_types=scratch,
+    scratch_types={
+      "slots": [
+        _shared((tile.slots, tile.tokens, tile.depth), inputs),
+        _shared((tile.slots, width, tile.depth), codes.dtype),
+        *(plgpu.SMEM((tile.slots, width), line.dtype) for line in lines),
+      ],
+      "ready": plgpu.Barrier(num_arrivals=2 + len(lines), num_barriers=tile.slots),
+      "free": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=tile.slots),
+      "y_smem": _shared((tile.groups, chunk, WARPGROUP), dtype),
+      **({"staging": _shared((tile.groups, WARPGROUP, tile.depth), inputs)} if interpreted else {}),
+    },
     grid=(min(blocks, sms),),
     grid_names=("block",),
     num_threads=tile.groups + 1,
@@ -282,13 +278,9 @@ def _unravel(index: Any, tiles: tuple[int, int, int]) -> tuple[Any, Any, Any]:
   return lax.div(index, jnp.int32(tiles[1])), lax.rem(index, jnp.int32(tiles[1])), part
 
 
-def _spec(shape: tuple[int, int], bits: int, index: Any) -> Any:
-  return plgpu.BlockSpec(shape, index, transforms=_transforms(shape[-1], bits))
-
-
 def _shared(shape: tuple[int, ...], dtype: Any) -> Any:
-  transforms = _transforms(shape[-1], jnp.dtype(dtype).itemsize * 8)
-  return plgpu.SMEM(shape, dtype, transforms=transforms)
+  bits = 4 if dtype == jnp.int4 else jnp.dtype(dtype).itemsize * 8
+  return plgpu.SMEM(shape, dtype, transforms=_transforms(shape[-1], bits))
 
 
 def _transforms(width: int, bits: int) -> tuple[Any, ...]:
