@@ -127,7 +127,8 @@ def product(
   Args:
     format: "bf16", "int1" to "int8", "nf2" to "nf7", "ternary", "sign", "e2m1", "e4m3fn" or "e5m2";
       with "-a8" at the end inputs are quantized to 8 bits, to floats where weights are of 8, "-dx"
-      is the gradient of the inputs from that of the product, and for "-xla" the matrix is
+      is the gradient of the inputs from that of the product, for "-order" rows are in the order of
+      activations, for "-inputs" scales are those of inputs, and for "-xla" the matrix is
       dequantized in plain XLA and multiplied. "mxfp4" and "nvfp4" are e2m1 with the groups and
       scales of their names. Others are those of `sparse_matmul.arg_specs`.
     tokens, rows, cols: the product is (tokens, rows) @ (rows, cols).
@@ -167,6 +168,11 @@ def product(
       group_cols=cols,
     )  # fmt: skip
     leaf = dataclasses.replace(leaf, scales=scales)
+  if how == "order":
+    leaf = dataclasses.replace(leaf, group_index=jax.ShapeDtypeStruct((1, rows), jnp.int32))
+  if how == "inputs":
+    scales = jax.ShapeDtypeStruct((rows, 1), jnp.float32)
+    leaf = dataclasses.replace(leaf, scales=scales, group_size=1, group_cols=cols)
   if how == "xla":
     return lambda x, w: reference.matmul(x, w).astype(x.dtype), (x, leaf)
   if how == "a8":

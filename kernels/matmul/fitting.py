@@ -74,6 +74,8 @@ def unsupported(leaf: leaves.QuantizedTensor, width: int) -> str:
   Returns:
     The reason, or "".
   """
+  if leaf.zeros is not None and leaf.format != "int":
+    return f"it takes zero points of integers, not of format {leaf.format!r}"
   if scales_inputs(leaf):
     return ""
   groups, size = leaf.scales.shape[-2], min(leaf.group_size, leaf.rows)

@@ -29,7 +29,8 @@ from treesurgeon.kernels.matmul import (
 UNIT = layouts.GROUP
 TOKENS = 256  # of a block
 PRE = 96  # from so many tokens on weights are scaled, where the chip computes with bfloat16
-SMALL = 16  # and in groups of so many rows always: their partial products are eight a unit
+SMALL = 16  # and in groups of so many rows always: their partial products are eight a unit,
+SMALL_EXACT = 32  # or so many, where scales are of bfloat16 anyway
 CODES = 13 << 19  # bytes of a block of codes, of which two are in the chip's fast memory
 VMEM = 32 << 20  # of 64 or 128 MiB; XLA counts this and what is used, and needs some itself
 
@@ -167,9 +168,10 @@ def scales_weights(tokens: int, leaf: prepared.PreparedTensor) -> bool:
     leaf: what `prepare` returned.
 
   Returns:
-    Whether it does: with many tokens, or with eight groups in a unit.
+    Whether it does: with many tokens, or with small groups.
   """
-  many = tokens >= PRE or leaf.group_size <= SMALL < leaf.rows
+  small = SMALL_EXACT if leaf.scales.dtype == jnp.bfloat16 else SMALL
+  many = tokens >= PRE or leaf.group_size <= small < leaf.rows
   return many and devices.find(leaf.target).converts and leaf.inputs == "bfloat16"
 
 

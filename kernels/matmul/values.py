@@ -154,7 +154,7 @@ def near(format: str, bits: int) -> Line | None:
 
   Example:
     >>> found = near("nf", 4)
-    >>> bool(abs((found.codes - found.zero) * found.factor - formats.levels("nf", 4)).max() < 2e-3)
+    >>> bool(abs((found.codes - found.zero) * found.factor - formats.levels("nf", 4)).max() < 3e-3)
     True
   """
   levels = formats.levels(format, bits).astype(np.float64)

@@ -17,7 +17,9 @@ from treesurgeon.kernels import devices, static_cost
 from treesurgeon.kernels.matmul import arg_specs
 
 PRODUCT = "treesurgeon.kernels.matmul.arg_specs:product"
-FORMATS = ("int8", "int5", "int4", "int3", "int2", "int1", "ternary", "sign")
+INTEGERS = ("int8", "int5", "int4", "int3", "int2", "int1")
+OTHERS = ("ternary", "sign", "nf4", "nf3", "e2m1", "e4m3fn", "e5m2")
+OTHER_GROUPS = ("mxfp4", "nvfp4", "e4m3fn-a8", "nf4-a8", "nf4-dx", "e4m3fn-dx")
 NAMED = ((1, 4096, 4096), (16, 4096, 4096), (256, 4096, 4096), (16, 4096, 14336))
 AWKWARD = (  # tokens, rows, cols, group size, symmetric
   (1, 512, 256, 16, False),
@@ -45,13 +47,21 @@ def compiles(requests):
       assert cost.temp_bytes == 0, one
     packed = weights(one.kwargs)
     # What is not a multiple of the tiles is filled up, at worst one unit of 16, and padded.
-    if one.kwargs["rows"] % 2048 == 0 and one.kwargs["format"] not in ("int3", "int5"):
+    as_wide = one.kwargs["format"] not in ("int3", "int5", "nf3") and fits(one)
+    if one.kwargs["rows"] % 2048 == 0 and as_wide:
       assert cost.bytes <= 1.05 * packed
+
+
+def fits(one):
+  """Tell whether a device has codes as wide as a format's."""
+  wider = {"tpu-v5e": ("e2m1",), "tpu-v5p": ("e2m1", "nf4")}
+  return one.kwargs["format"] not in wider.get(one.target, ())
 
 
 def weights(kwargs):
   """Count what a product must at least move: codes, scales, zeros, activations, output."""
-  bits = {"ternary": 2, "sign": 1}.get(kwargs["format"]) or int(kwargs["format"][3:])
+  bits = {"ternary": 2, "sign": 1, "e2m1": 4, "e4m3fn": 8, "e5m2": 8}.get(kwargs["format"])
+  bits = bits or int(kwargs["format"][-1])
   tokens, rows, cols = (kwargs[k] for k in ("tokens", "rows", "cols"))
   groups = -(-rows // kwargs["group_size"])
   per_scale = 4 if kwargs.get("symmetric", True) else 6
@@ -61,16 +71,29 @@ def weights(kwargs):
 @pytest.mark.parametrize("target", devices.DEVICES)
 def test_named_shapes_compile(target):
   requests = [request(target, "int4", *shape) for shape in NAMED]
-  compiles(requests + [request(target, f, 16, 4096, 4096) for f in ("int8", "int3", "int2")])
+  compiles(requests + [request(target, f, 16, 4096, 4096) for f in ("int8", "int3", "int2", "nf4")])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", devices.DEVICES)
 def test_all_formats_and_awkward_shapes_compile(target):
-  requests = [request(target, f, *shape) for f in FORMATS for shape in NAMED]
+  requests = [request(target, f, *shape) for f in (*INTEGERS, *OTHERS) for shape in NAMED]
   for *shape, symmetric in AWKWARD:
-    requests += [request(target, f, *shape, symmetric=symmetric) for f in FORMATS]
+    requests += [request(target, f, *shape, symmetric=symmetric) for f in INTEGERS]
+    requests += [request(target, f, *shape) for f in OTHERS]
   compiles(requests)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", devices.DEVICES)
+def test_what_is_more_than_a_kernel_compiles(target):
+  requests = [request(target, f, 16, 4096, 4096) for f in OTHER_GROUPS]
+  # Rows in the order of activations, groups that are filled up, scales of inputs.
+  requests += [request(target, f, 16, 4096, 1024, 128) for f in ("int4-order", "int4-inputs")]
+  requests += [request(target, "int4", 16, 4096, 1024, 100)]
+  for one, cost in zip(requests, static_cost.measure(requests, profile=False), strict=True):
+    assert not cost.error, (one, cost.error)
+    assert cost.temp_bytes < 4 << 20, one  # no more than inputs and outputs
 
 
 def test_many_experts_are_one_program():
