@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from treesurgeon import kernels
 from treesurgeon.core import leaves
-from treesurgeon.kernels.matmul import arg_specs, gpu, stacked
+from treesurgeon.kernels.matmul import arg_specs, gpu, reference, stacked
 
 SLOW = pytest.mark.slow
 KEY = jax.random.key(1)
@@ -162,3 +162,19 @@ def test_many_experts():
   for i in range(2):
     each = jax.tree.map(lambda a, i=i: a[i], many)
     np.testing.assert_allclose(got[i], exact(*each, scaled=False), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_reach_inputs_and_scales():
+  x, leaf = arg_specs.operands(arg_specs.ArgSpec(3, 256, 8, dtype="bfloat16"), KEY)
+  ready = kernels.prepare(leaf, target=TARGET)
+
+  def product(x, scales, multiply):
+    return multiply(x, dataclasses.replace(ready, scales=scales))
+
+  with plgpu.force_gpu_interpret_mode():
+    kernel = lambda x, w: gpu.matmul(x, w, interpreted=True)
+    y, pull = jax.vjp(lambda *a: product(*a, kernel), x, ready.scales)
+  expected = jax.vjp(lambda *a: product(*a, reference.matmul), x, ready.scales)[1]
+  for got, wanted in zip(pull(y), expected(y), strict=True):
+    assert got.dtype == wanted.dtype and np.abs(np.asarray(wanted, np.float32)).max() > 0
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(wanted))

@@ -183,9 +183,22 @@ def test_tiles_cover_the_matrix(rows, cols, group_size, bits):
     of_block = tile.depth * tile.steps
     assert group_size >= rows or of_block % group_size == 0 or group_size % of_block == 0
     assert 2 <= tile.slots <= gpu.SLOTS
+    step = tile.tokens * tile.depth * 2 + 64 * tile.groups * (tile.depth * leaf.width / 8 + 8)
+    out = tile.groups * 64 * min(tile.tokens, 64) * 4
+    assert tile.slots * step + out < 227 << 10  # bytes of shared memory that a block may have
   one = gpu.choose(1, leaf)
   if (rows, cols) == (4096, 4096):  # all multiprocessors work on a single token
     assert 0.9 * 132 < one.splits * cols // (64 * one.groups) <= 132
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_warpgroups_exchange_the_registers_they_start_with(groups):
+  block = gpu._block()
+  warpgroups = groups + 1
+  first = (1 << 16) // (128 * warpgroups) // 8 * 8  # what a thread can start with
+  copies, multiplies = block._REGISTERS.get(groups, (first, first))
+  assert copies % 8 == multiplies % 8 == 0 and copies <= first <= multiplies
+  assert copies + groups * multiplies <= warpgroups * first
 
 
 def test_importing_does_not_load_the_gpu_part():
