@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from treesurgeon.core import hadamard, leaves
+from treesurgeon.core import leaves
 from treesurgeon.kernels import devices
+from treesurgeon.kernels.hadamard import api as hadamard
 from treesurgeon.kernels.lut_matmul import xla as lut_xla
 from treesurgeon.kernels.matmul import (
   checks,
