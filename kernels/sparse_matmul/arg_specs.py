@@ -14,6 +14,7 @@ from treesurgeon.kernels.matmul import tpu as dense_tpu
 from treesurgeon.kernels.sparse_matmul import tpu
 
 
+@functools.partial(jax.jit, static_argnames=("rows", "cols", "n", "m", "bits", "group_size"))
 def sparse(
   rows: int, cols: int, n: int, m: int, *, key: jax.Array, bits: int = 0, group_size: int = 0
 ) -> leaves.SparseTensor:
@@ -51,6 +52,7 @@ def sparse(
   return leaves.SparseTensor(values, positions, rows, cols, n, m)
 
 
+@functools.partial(jax.jit, static_argnames=("rows", "cols", "bits", "group", "sparsity", "zeros"))
 def group_sparse(
   rows: int,
   cols: int,

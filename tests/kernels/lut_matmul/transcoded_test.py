@@ -25,8 +25,10 @@ def same(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("batch", [(), (2,), (1, 2)])
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(
+  ("batch", "residual"),
+  [((2,), False), ((), True), pytest.param((1, 2), True, marks=pytest.mark.slow)],
+)
 def test_half_a_step_and_back(batch, residual):
   leaf = vectors(*batch)
   leaf = leaves.Sum((leaf, vectors(*batch, key=jax.random.key(1)))) if residual else leaf

@@ -2,6 +2,7 @@
 """Products run by run of rows equal float64, whatever the leaf and wherever it is cut."""
 
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 
@@ -30,7 +31,7 @@ CUT = [m for m in makers.MAKERS if not sliced.unsupported(jnp.ones((1, 1)), m())
 def check(leaf, tokens=3):
   x = jax.random.normal(KEY, (tokens, leaf.rows))
   expected = np.asarray(x, np.float64) @ np.asarray(leaf.dense(), np.float64)
-  got = kernels.matmul(x, leaf, implementation="sliced")
+  got = jax.jit(functools.partial(kernels.matmul, implementation="sliced"))(x, leaf)
   np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
@@ -114,7 +115,7 @@ def test_gradients_reach_values_and_inputs(monkeypatch):
   def loss(product, x, values):
     return jnp.square(product(x, dataclasses.replace(leaf, values=values))).sum()
 
-  got = jax.grad(lambda *a: loss(sliced.matmul, *a), (0, 1))(x, leaf.values)
+  got = jax.jit(jax.grad(lambda *a: loss(sliced.matmul, *a), (0, 1)))(x, leaf.values)
   dense = lambda x, leaf: x @ leaf.dense()
   want = jax.grad(lambda *a: loss(dense, *a), (0, 1))(x, leaf.values)
   for a, b in zip(got, want, strict=True):
@@ -125,7 +126,7 @@ def test_stacked_leaves_under_vmap_and_scan(monkeypatch):
   monkeypatch.setattr(sliced, "TILE", 4)
   stacked = makers.sparse(3)
   x = jax.random.normal(KEY, (3, 2, 8))
-  mapped = jax.vmap(kernels.matmul)(x, stacked)
+  mapped = jax.jit(jax.vmap(kernels.matmul))(x, stacked)
   scanned = jax.lax.scan(lambda c, pair: (c, kernels.matmul(*pair)), None, (x, stacked))[1]
   expected = np.asarray(x, np.float64) @ np.asarray(stacked.dense(), np.float64)
   np.testing.assert_allclose(mapped, expected, rtol=1e-5, atol=1e-5)
