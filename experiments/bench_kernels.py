@@ -39,12 +39,13 @@ plt.switch_backend("agg")
 PRODUCT = "treesurgeon.kernels.matmul.arg_specs:product"
 FORMATS = ("int8", "int4", "int3", "int2", "ternary", "sign")
 SPARSE = ("2:4", "2:4-int8", "4:8", "gqsa", "vectors")
+OTHERS = ("nf4", "nf3", "mxfp4", "nvfp4", "e4m3fn", "e5m2", "e4m3fn-a8")
 SHAPES = {
-  (1, 4096, 4096): FORMATS,
-  (16, 4096, 4096): (*FORMATS, "e2m1", "int8-a8", "int4-a8", "int2-a8", *SPARSE),
-  (256, 4096, 4096): ("int8", "int4", "int3", "int2", "int8-a8"),
+  (1, 4096, 4096): (*FORMATS, "nf4"),
+  (16, 4096, 4096): (*FORMATS, "e2m1", "int8-a8", "int4-a8", "int2-a8", *OTHERS, *SPARSE),
+  (256, 4096, 4096): ("int8", "int4", "int3", "int2", "int8-a8", "nf4", "e4m3fn"),
   (1024, 4096, 4096): ("int8", "int4"),
-  (16, 4096, 14336): ("int8", "int4", "int4-xla", "int2"),
+  (16, 4096, 14336): ("int8", "int4", "int4-xla", "int2", "nf4"),
   (16, 14336, 4096): ("int4", "int2"),
 }  # tokens, rows, cols
 GROUP = 128
@@ -136,7 +137,7 @@ def measure(target: str, shapes: Mapping[tuple[int, int, int], Sequence[str]]) -
     rows.append(
       {
         "target": target, "format": f, **dict(zip("mkn", shape, strict=True)),
-        "group_size": None if f == "bf16" else GROUP, **dataclasses.asdict(cost),
+        "group_size": _group(f), **dataclasses.asdict(cost),
         "libtpu": metadata.version("libtpu"), "dense_us": dense[shape], "speed": speed,
         "aim": aim, "met": met,
       }
@@ -148,6 +149,10 @@ def _request(target: str, format: str, shape: tuple[int, int, int]) -> static_co
   tokens, rows, cols = shape
   kwargs = {"format": format, "tokens": tokens, "rows": rows, "cols": cols}
   return static_cost.Request(PRODUCT, {**kwargs, "group_size": GROUP, "target": target}, target)
+
+
+def _group(format: str) -> int | None:
+  return {"bf16": None, "mxfp4": 32, "nvfp4": 16}.get(format, GROUP)
 
 
 def _piece(target: str, format: str, shape: tuple[int, int, int]) -> static_cost.Request:
@@ -163,7 +168,7 @@ def _piece(target: str, format: str, shape: tuple[int, int, int]) -> static_cost
 def _block(target: str, format: str, shape: tuple[int, int, int]) -> tuple[int, int]:
   _, (_, leaf) = arg_specs.product(format, *shape, GROUP, target)
   kernel = sparse_tpu if ":" in format else tpu
-  return kernel.blocks(shape[0], getattr(leaf, "weight", leaf))
+  return kernel.blocks(shape[0], getattr(leaf, "matrix", getattr(leaf, "weight", leaf)))
 
 
 def _from_piece(

@@ -12,12 +12,16 @@ On a TPU:
 * 4 bits elsewhere `int4`, and the rest `int8`: the chip converts them.
 * for inputs quantized to 8 bits, where the chip multiplies int8 at twice the speed (not tpu7x),
   `gs8` up to 4 bits, and `int8` above.
+* codes of tables that are looked up in registers: `gs32`; 8-bit floats as they are, but for e4m3 on
+  v6e, which is in `gs32` words too.
 
 On a GPU `out_in`: `int4` up to 4 bits and `int8` above, columns first, in one step.
 
 Ternary codes, five to a byte in files, have two bits here, and formats whose values are multiples
-of one number have the multiples for codes (`line`). Rows are filled up to whole units and steps,
-columns to a multiple of 128; scales are grouped by the step of the kernel that reads them.
+of one number have the multiples for codes; `values.py` says what becomes of each format. Rows are
+filled up to whole units and steps, columns to a multiple of 128; scales are grouped by the step of
+the kernel that reads them. What takes more than that, such as rows in another order, is in
+`fitting.py`.
 """
 
 from typing import Any
@@ -58,13 +62,13 @@ class PreparedTensor(Prepared):
   """Hold a `QuantizedTensor` in a device's layout.
 
   Attributes:
-    codes: int32 words of gs32 or gs8, or int4, or int8, (..., stored rows, stored columns); of
-      out_in (..., stored columns, stored rows).
+    codes: int32 words of gs32 or gs8, int4, int8 or 8-bit floats, (..., stored rows, stored
+      columns); of out_in (..., stored columns, stored rows).
     scales: (..., steps, groups of a step, stored columns); of one group of all rows (..., 1, 1,
       stored columns).
     zeros: like `scales`, or None.
     rows, cols, bits, group_size, store, format: as of the QuantizedTensor.
-    layout: "gs32", "gs8", "native" or "out_in".
+    layout: "gs32", "gs8", "native", "e4m3fn", "e5m2" or "out_in".
     step: units of 128 rows that one step of the kernel takes.
     target: name of the device.
     dtypes: of scales and zeros in the QuantizedTensor.
