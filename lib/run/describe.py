@@ -85,7 +85,7 @@ def kind(leaf: Any) -> str:
       double = f" / {kind(leaf.scales)}" if leaves.is_leaf(leaf.scales) else ""
       return f"{name} {_group(leaf)}{zero}{double}"
     case leaves.SparseTensor():
-      return f"{leaf.n}:{leaf.m} {leaf.dtype.name}"
+      return f"{leaf.n}:{leaf.m} {kind(leaf.values)}"
     case leaves.Codebook():
       tile = f"{leaf.length}" if leaf.width == 1 else f"{leaf.length}x{leaf.width}"
       return f"codebook {leaf.codebook.shape[-2]}x{tile}"

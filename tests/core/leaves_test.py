@@ -35,6 +35,14 @@ def sparse(*batch):
   )
 
 
+def sparse_codes(*batch):
+  codes = jnp.asarray(RNG.integers(0, 256, (*batch, 4, 3)).astype(np.uint8))
+  values = leaves.QuantizedTensor(
+    codes, normal(*batch, 1, 3), None, None, rows=4, cols=3, bits=8, group_size=4
+  )
+  return dataclasses.replace(sparse(*batch), values=values)
+
+
 def codebook(*batch):
   codes = jnp.asarray(RNG.integers(0, 16, (*batch, 5, 3)).astype(np.uint8))
   return leaves.Codebook(packing.pack(codes, bits=4), normal(*batch, 16, 2), 10, 3, 4, 2)
@@ -134,7 +142,7 @@ def rotated(*batch):
 MAKERS = [
   quantized, sparse, codebook, low_rank, total, table, double, tiles, outliers, activations,
   tables, signed, clustered, groups, split_rows, pairs,
-  rotated,
+  rotated, sparse_codes,
 ]  # fmt: skip
 every_kind = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 
