@@ -16,8 +16,8 @@ from treesurgeon.core import formats, leaves, packing
 from treesurgeon.kernels.matmul import checks
 
 
-def split(leaf: Any, *, rows: int = 1, cols: int = 1) -> leaves.QuantizedTensor:
-  """Cut a quantized kernel into equal shards of its rows and of its columns.
+def split(leaf: Any, *, rows: int = 1, cols: int = 1) -> Any:
+  """Cut a quantized or N:M kernel into equal shards of its rows and of its columns.
 
   Shards of rows give partial sums of the product, shards of columns its columns. Arrays that are
   sharded over rows and columns alike need no communication. Prepare afterwards: what is arranged
@@ -25,8 +25,8 @@ def split(leaf: Any, *, rows: int = 1, cols: int = 1) -> leaves.QuantizedTensor:
   what varies over a mesh, so `shard_map` takes `check_vma=False`.
 
   Args:
-    leaf: QuantizedTensor, (..., rows, cols).
-    rows: shards along the rows; each holds whole groups and whole bytes.
+    leaf: QuantizedTensor or SparseTensor, (..., rows, cols).
+    rows: shards along the rows; each holds whole groups, runs of M, and bytes.
     cols: shards along the columns.
 
   Returns:
@@ -50,16 +50,11 @@ def split(leaf: Any, *, rows: int = 1, cols: int = 1) -> leaves.QuantizedTensor:
     >>> sharded(jnp.ones((1, 4)), split(leaf, rows=1)).tolist()
     [[4.0]]
   """
+  if isinstance(leaf, leaves.SparseTensor):
+    return _sparse(leaf, rows, cols)
   _refuse(leaf, rows, cols)
   one_group = leaf.group_size >= leaf.rows
-
-  def cut(part: jax.Array, runs: int) -> jax.Array:
-    *batch, high, wide = part.shape
-    pieces = part.reshape(*batch, runs, high // runs, cols, wide // cols)
-    pieces = jnp.moveaxis(pieces, (-4, -2), (0, 1))
-    pieces = jnp.broadcast_to(pieces, (rows, *pieces.shape[1:]))  # one group's scales, every run
-    return pieces.reshape(rows * cols, *batch, high // runs, wide // cols)
-
+  cut = lambda part, runs: _blocks(part, runs, rows, cols)
   per_group = lambda part: None if part is None else cut(part, 1 if one_group else rows)
   index = leaf.group_index
   return dataclasses.replace(
@@ -73,10 +68,48 @@ def split(leaf: Any, *, rows: int = 1, cols: int = 1) -> leaves.QuantizedTensor:
   )
 
 
+def _blocks(part: jax.Array, runs: int, rows: int, cols: int) -> jax.Array:
+  """Cut an array into `runs` of rows, which are `rows` or one for all, and columns."""
+  *batch, high, wide = part.shape
+  pieces = part.reshape(*batch, runs, high // runs, cols, wide // cols)
+  pieces = jnp.moveaxis(pieces, (-4, -2), (0, 1))
+  pieces = jnp.broadcast_to(pieces, (rows, *pieces.shape[1:]))  # one group's scales, every run
+  return pieces.reshape(rows * cols, *batch, high // runs, wide // cols)
+
+
+def _sparse(leaf: leaves.SparseTensor, rows: int, cols: int) -> leaves.SparseTensor:
+  wrong = checks.disagreement(leaf)
+  if wrong:
+    raise ValueError(f"split: in the SparseTensor {wrong}")
+  bits = max(1, (leaf.m - 1).bit_length())
+  runs = leaf.rows // leaf.m
+  fits = lambda count: runs % count == 0 and runs // count * leaf.n * bits % 8 == 0
+  if rows < 1 or rows > 1 and not fits(rows):
+    valid = ", ".join(str(n) for n in range(1, leaf.rows + 1) if n == 1 or fits(n))
+    raise ValueError(
+      f"split: rows={rows} cuts {leaf.rows} rows within a run of {leaf.m} or a byte of positions; "
+      f"valid are {valid}"
+    )
+  if cols < 1 or leaf.cols % cols:
+    raise ValueError(f"split: cols={cols} does not divide the {leaf.cols} columns")
+  if leaves.is_leaf(leaf.values):
+    values = split(leaf.values, rows=rows, cols=cols)
+  else:
+    values = _blocks(leaf.values, rows, rows, cols)
+  return dataclasses.replace(
+    leaf,
+    values=values,
+    positions=_blocks(leaf.positions, rows, rows, cols),
+    rows=leaf.rows // rows,
+    cols=leaf.cols // cols,
+  )
+
+
 def _refuse(leaf: Any, rows: int, cols: int) -> None:
   if not isinstance(leaf, leaves.QuantizedTensor):
     raise ValueError(
-      f"split takes QuantizedTensor, not {type(leaf).__name__}; split it before kernels.prepare, "
+      f"split takes QuantizedTensor and SparseTensor, not {type(leaf).__name__}; split it before "
+      "kernels.prepare, "
       "and of a leaf that is composed of others each of them"
     )
   wrong = checks.disagreement(leaf)

@@ -98,7 +98,7 @@ def test_refusals():
     kernels.split(draw(48, 24, 3, 2)[1], rows=12)
   with pytest.raises(ValueError, match="cols=5 does not divide the 24 columns"):
     kernels.split(leaf, cols=5)
-  with pytest.raises(ValueError, match="QuantizedTensor, not PreparedTensor; split it before"):
+  with pytest.raises(ValueError, match="SparseTensor, not PreparedTensor; split it before"):
     kernels.split(kernels.prepare(leaf, target=TARGET), cols=2)
   with pytest.raises(ValueError, match="in the QuantizedTensor codes have shape"):
     kernels.split(dataclasses.replace(leaf, rows=128), rows=2)
