@@ -10,6 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAUNCHERS = {
+  "cache": "cache_directions",
   "connectivity": "connectivity",
   "directions": "directions",
   "facts": "train_facts",

@@ -53,6 +53,17 @@ PROCEDURES: dict[str, entries.Procedure] = {
     command="treesurgeon moe --help",
     note="Mixtral, Qwen2-MoE and Qwen3-MoE; tensors equal mergekit-moe's",
   ),
+  "quantized cache of keys and values": entries.Procedure(
+    "kernels/attention_lowbit/cache.py",
+    "Liu et al., KIVI: a tuning-free asymmetric 2bit quantization for KV cache, 2024, arXiv "
+    "2402.02750",
+    "tests/kernels/attention_lowbit/cache_test.py",
+    "not reproduced",
+    "python -P -m treesurgeon.experiments.cache_directions --config=configs/cache.py --workdir=DIR",
+    "exact; keys per channel are better than per token only where they have large channels, which "
+    "a small decoder has not: with such planted, which changes no output, 2 bits cost 0.01 nats "
+    "against 0.8; models.generate(..., cache_bits=2)",
+  ),
   "table lookup of bit planes": entries.Procedure(
     "kernels/lut_matmul/xla.py",
     "Wei et al., T-MAC: CPU renaissance via table lookup for low-bit LLM deployment on edge, 2024, "
