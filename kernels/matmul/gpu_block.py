@@ -165,7 +165,7 @@ def multiply(
         if w.dtype == inputs:  # int8 is multiplied from where it lies
           return w
         zero = _zero(lines_smem[1].at[slot, mine], kind) if kind.zeros else None
-        w = _weights(w[...], zero, scale, kind, inputs)
+        w = _weights(_load(w, interpreted or kind.integers), zero, scale, kind, inputs)
         if not interpreted:
           return w
         more["staging"].at[me][...] = w
@@ -256,6 +256,15 @@ def _scale(line: Any, kind: Codes) -> jax.Array:
 def _zero(line: Any, kind: Codes) -> jax.Array:
   """Load the zero points of 64 columns, less what signed codes are less."""
   return line[...].astype(jnp.float32) - kind.zero
+
+
+def _load(codes: Any, plainly: bool) -> jax.Array:
+  """Load codes by whole words, which threads then exchange, instead of byte by byte."""
+  if plainly:
+    return codes[...]
+  four = codes.dtype == jnp.int4
+  words = plgpu.Layout.WGMMA_UPCAST_4X if four else plgpu.Layout.WGMMA_UPCAST_2X
+  return plgpu.layout_cast(plgpu.layout_cast(codes[...], words), plgpu.Layout.WGMMA)
 
 
 def _weights(codes: jax.Array, zero: Any, scale: Any, kind: Codes, dtype: Any) -> jax.Array:
