@@ -99,7 +99,7 @@ def _multiply(flat: jax.Array, leaf: Any) -> jax.Array:
 
   filled = jnp.pad(flat, [(0, 0), (0, count * size - leaf.rows)])
   x_CxMxK = jnp.moveaxis(filled.reshape(-1, count, size), 1, 0)
-  return chunks.add_up(part, jnp.zeros((flat.shape[0], leaf.cols), jnp.float32), (x_CxMxK, parts))
+  return chunks.add_up(part, chunks.zeros((flat.shape[0], leaf.cols), flat, leaf), (x_CxMxK, parts))
 
 
 @jax.custom_vjp

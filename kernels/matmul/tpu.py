@@ -18,6 +18,7 @@ from treesurgeon.core import leaves
 from treesurgeon.kernels import devices, tuning
 from treesurgeon.kernels.matmul import (
   arrange,
+  chunks,
   layouts,
   prepared,
   reference,
@@ -222,7 +223,7 @@ def _call(x: jax.Array, leaf: Any, dtype: Any, block: tuple[int, int]) -> jax.Ar
       out_specs=spec((rows_of_block, width), lambda m, n, k: (m, n)),
       scratch_shapes=[pltpu.VMEM((rows_of_block, width), jnp.float32)] if steps > 1 else [],
     ),
-    out_shape=jax.ShapeDtypeStruct((tokens, cols), dtype),
+    out_shape=chunks.like((tokens, cols), dtype, x, leaf),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
     ),

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from treesurgeon.kernels.matmul import layouts, prepared, tpu_block
+from treesurgeon.kernels.matmul import chunks, layouts, prepared, tpu_block
 
 UNIT = layouts.GROUP
 TOKENS = 256  # of a block
@@ -84,7 +84,7 @@ def matmul(
       *(pl.BlockSpec((None, groups, width), scale_at) for _ in parts),
     ],
     out_specs=pl.BlockSpec(block, lambda m, k, n: (m, k)),
-    out_shape=jax.ShapeDtypeStruct((tokens, steps * cuts * units * UNIT), dtype),
+    out_shape=chunks.like((tokens, steps * cuts * units * UNIT), dtype, dy, leaf),
     scratch_shapes=[pltpu.VMEM(block, jnp.float32)],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM

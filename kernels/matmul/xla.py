@@ -244,9 +244,9 @@ def _by_group(x: jax.Array, leaf: leaves.QuantizedTensor) -> jax.Array:
       return part(x_MxK, jax.lax.optimization_barrier(stream), s)
 
     xs = (x_WxMxK, jnp.arange(whole))
-    return _scan(at, jnp.zeros((x.shape[0], width), jnp.float32), xs)
+    return _scan(at, chunks.zeros((x.shape[0], width), x, leaf), xs)
 
-  y = jnp.zeros((x.shape[0], leaf.cols), jnp.float32)
+  y = chunks.zeros((x.shape[0], leaf.cols), x, leaf)
   x_WxMxK = jnp.moveaxis(x[:, : whole * chunk].reshape(x.shape[0], whole, chunk), 1, 0)
   if whole and width < leaf.cols:
     y_BxMxN = jax.lax.map(columns, jnp.arange(0, leaf.cols, width))
@@ -290,7 +290,7 @@ def _by_row(x: jax.Array, leaf: leaves.QuantizedTensor, tile: int) -> jax.Array:
     _pad(leaf.codes, count * chunk * leaf.bits // 8, axis=0).reshape(count, -1, leaf.cols),
     _pad(index, count * chunk, axis=0).reshape(count, chunk),
   )
-  return _scan(part, jnp.zeros((x.shape[0], leaf.cols), jnp.float32), xs)
+  return _scan(part, chunks.zeros((x.shape[0], leaf.cols), x, leaf), xs)
 
 
 def _scan(part: Any, y: jax.Array, xs: tuple) -> jax.Array:

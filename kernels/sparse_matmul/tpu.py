@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from treesurgeon.core import leaves
 from treesurgeon.kernels import devices
-from treesurgeon.kernels.matmul import layouts, sliced
+from treesurgeon.kernels.matmul import chunks, layouts, sliced
 from treesurgeon.kernels.sparse_matmul import prepared
 
 UNIT = layouts.GROUP
@@ -152,7 +152,7 @@ def _call(
       *scale_specs,
     ],
     out_specs=pl.BlockSpec((rows_of_block, width), lambda m, n, k: (m, n)),
-    out_shape=jax.ShapeDtypeStruct((tokens, cols), dtype),
+    out_shape=chunks.like((tokens, cols), dtype, x, leaf),
     scratch_shapes=[pltpu.VMEM((rows_of_block, width), jnp.float32)] if steps > 1 else [],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM

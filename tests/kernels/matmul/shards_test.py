@@ -137,7 +137,7 @@ def spread(kind, across, *, product=kernels.matmul, **more):
   both = jax.P(("rows", "cols"))
   specs = {"in_specs": (jax.P(None, "rows"), both), "out_specs": jax.P(None, "cols")}
   shards = jax.device_put(shards, jax.NamedSharding(mesh, both))
-  close(jax.jit(jax.shard_map(body, mesh=mesh, check_vma=False, **specs))(x, shards), x, leaf)
+  close(jax.jit(jax.shard_map(body, mesh=mesh, **specs))(x, shards), x, leaf)
 
 
 def mesh_of(shape, names):
