@@ -31,7 +31,7 @@ AWKWARD = (  # tokens, rows, cols, group size, symmetric
 )
 CYCLES = json.loads((pathlib.Path(__file__).parent / "cycles.json").read_text())
 KNOWN = CYCLES.get(metadata.version("libtpu"), {})
-QUICK = ("tpu-v5e int4 16 4096 4096", "tpu-v6e int2 16 4096 4096")
+QUICK = ("tpu-v5e int4 16 4096 4096", "tpu-v6e int2 16 4096 4096", "tpu-v5e nf4 16 4096 4096")
 
 
 def request(target, format, tokens, rows, cols, group_size=128, **more):

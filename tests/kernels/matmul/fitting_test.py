@@ -73,7 +73,11 @@ def check(leaf, target, *, tokens=3, share=3e-5):
   same(kernels.restore(other), leaf)
 
 
-@pytest.mark.parametrize("group_size", [96, 40, 24, 200])
+def slow(*values):
+  return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("group_size", [96, 40, slow(24), slow(200)])
 def test_groups_of_other_sizes(group_size):
   check(arg_specs.operands(arg_specs.ArgSpec(1, 300, 9, 4, group_size, False), KEY)[1], "tpu-v5e")
 
@@ -82,7 +86,7 @@ def test_groups_longer_than_a_step():
   check(quantize(6800, 3, group_size=6400, bits=2), "tpu-v6e")
 
 
-@pytest.mark.parametrize(("group_size", "symmetric"), [(64, False), (40, True)])
+@pytest.mark.parametrize(("group_size", "symmetric"), [(64, False), slow(40, True)])
 def test_rows_in_the_order_of_activations(group_size, symmetric):
   spec = arg_specs.ArgSpec(1, 300, 9, 4, group_size, symmetric)
   leaf = in_order_of_activations(arg_specs.operands(spec, KEY)[1])
@@ -122,10 +126,10 @@ def test_scales_of_inputs(symmetric):
   ("form", "target"),
   [
     ({"group_size": 128, "group_cols": 4, "bits": 8, "format": "e4m3fn"}, "tpu-v6e"),
-    ({"group_size": 300, "group_cols": 9, "bits": 8}, "tpu-v5e"),
-    ({"group_size": 32, "group_cols": 9, "symmetric": False}, "tpu7x"),
+    slow({"group_size": 300, "group_cols": 9, "bits": 8}, "tpu-v5e"),
+    slow({"group_size": 32, "group_cols": 9, "symmetric": False}, "tpu7x"),
     ({"group_size": 16, "format": "e2m1", "scale_dtype": "e4m3fn"}, "tpu-v6e"),
-    ({"group_size": 16, "format": "e2m1", "scale_dtype": "e4m3fn"}, "tpu7x"),
+    slow({"group_size": 16, "format": "e2m1", "scale_dtype": "e4m3fn"}, "tpu7x"),
     ({"group_size": 64, "scale_dtype": "int8"}, "tpu-v5p"),
   ],
 )

@@ -57,12 +57,12 @@ def weights(leaf, ready, scaled=False):
   [
     ("nf", 4, "tpu-v5e", 3, "table"),
     ("nf", 3, "tpu-v5p", 3, "table"),
-    ("nf", 4, "tpu-v5p", 3, "steps"),
+    pytest.param("nf", 4, "tpu-v5p", 3, "steps", marks=pytest.mark.slow),
     ("nf", 4, "tpu-v6e", 100, "table"),
     ("nf", 2, "tpu-v6e", 1, "table"),
     ("e2m1", 4, "tpu7x", 3, "table"),
     ("e4m3fn", 8, "tpu-v6e", 3, "e4m3fn"),
-    ("e4m3fn", 8, "tpu-v5e", 3, "e4m3fn"),
+    pytest.param("e4m3fn", 8, "tpu-v5e", 3, "e4m3fn", marks=pytest.mark.slow),
     ("e5m2", 8, "tpu7x", 100, "e5m2"),
     ("shift", 5, "tpu-v5e", 3, "e5m2"),
   ],
@@ -107,7 +107,7 @@ def test_every_e4m3_comes_out_of_words():
   np.testing.assert_array_equal(got[:, 0], formats.levels("e4m3fn", 8)[codes])
 
 
-@pytest.mark.parametrize("target", ["tpu-v6e", "tpu7x"])
+@pytest.mark.parametrize("target", ["tpu-v6e", pytest.param("tpu7x", marks=pytest.mark.slow)])
 def test_inputs_in_8_bit_floats(target):
   x, weight = draw("e4m3fn", 8)
   leaf = leaves.ActivationQuantized(weight, None, format="e4m3fn")
