@@ -35,8 +35,9 @@ def compiles(requests):
   for one, cost in zip(requests, static_cost.measure(requests, profile=False), strict=True):
     assert not cost.error, (one, cost.error)
     tokens, rows, cols = (one.kwargs[k] for k in ("tokens", "rows", "cols"))
-    # In memory there is at most a copy of the activations, lane by lane, and what pads them.
-    assert cost.temp_bytes <= 8 * tokens * rows + 16 * tokens * cols + 2**20 + 2**19, one
+    # In memory there is at most a copy of the activations, lane by lane, and what pads them; on v5p
+    # the compiler takes a megabyte besides.
+    assert cost.temp_bytes <= 8 * tokens * rows + 16 * tokens * cols + 2**21, one
     if rows % 4096 == 0 and cols % 128 == 0 and one.kwargs["format"] in ("2:4", "2:4-int8"):
       per_value = 2 if one.kwargs["format"] == "2:4" else 1
       least = rows * cols * (per_value / 2 + 1 / 8) + 2 * tokens * (rows + cols)
