@@ -11,10 +11,10 @@ for every token. A network this small has none, so each arm is measured on a sec
 multiplied by 8, and those of its queries divided. Claims are differences that are negative where a
 claim holds; one is counted as reproduced if it holds for every seed.
 
-Measured, seeds 0 and 1, root mean squares of 2-bit errors in the logits: KIVI's layout 0.25 and 0.15,
-all per token 0.21 and 0.12, all per channel 0.25 and 0.16; with outliers 0.25 and 0.15, 1.66 and
-1.68, 0.25 and 0.16, where all per token costs 0.75 and 0.83 nats a byte and KIVI's layout 0.009 and
-0.005. At 4 bits KIVI's layout has 0.034 and 0.023, at 8 bits 0.002 and 0.001. The library's own
+Measured, seeds 0 and 1, root mean squares of 2-bit errors in the logits: KIVI's layout 0.25 and
+0.15, all per token 0.21 and 0.12, all per channel 0.25 and 0.16; with outliers 0.25 and 0.15, 1.66
+and 1.68, 0.25 and 0.16, where all per token costs 0.75 and 0.83 nats a byte and KIVI's layout 0.009
+and 0.005. At 4 bits KIVI's layout has 0.034 and 0.023, at 8 bits 0.002 and 0.001. The library's own
 cache has the errors of KIVI's layout to the last digit.
 
 Cost: some minutes a seed on two CPU cores. Command:

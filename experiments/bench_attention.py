@@ -69,7 +69,8 @@ def request(target: str, bits: int, tokens: int, group_size: int) -> static_cost
   kwargs = {"bits": bits, "length": tokens, "group_size": group_size, "traced": False}
   _, (_, _, _, cache) = arg_specs.decode(**kwargs)
   heads = cache.k_codes.shape[1]
-  steps = heads * (cache.capacity // tpu.block_tokens(cache))
+  cores = 2 if target == "tpu-v5p" else 1  # which share the heads
+  steps = -(-heads // cores) * (cache.capacity // tpu.block_tokens(cache))
   return static_cost.Request(DECODE, kwargs, target, steps)
 
 

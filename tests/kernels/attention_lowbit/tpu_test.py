@@ -54,7 +54,7 @@ def test_it_equals_the_loop(case):
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
   bits=st.sampled_from(words.WIDTHS),
   sizes=st.sampled_from(((16, 32), (32, 96), (64, 64), (128, 128), (32, 128))),
