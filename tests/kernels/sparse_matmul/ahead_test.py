@@ -35,9 +35,8 @@ def compiles(requests):
   for one, cost in zip(requests, static_cost.measure(requests, profile=False), strict=True):
     assert not cost.error, (one, cost.error)
     tokens, rows, cols = (one.kwargs[k] for k in ("tokens", "rows", "cols"))
-    # In memory there is at most a copy of the activations, lane by lane, and what pads them; on v5p
-    # the compiler takes a megabyte besides.
-    assert cost.temp_bytes <= 8 * tokens * rows + 16 * tokens * cols + 2**21, one
+    # On v5p activations are arranged lane by lane in memory, through a copy with lanes filled up.
+    assert cost.temp_bytes <= 32 * tokens * rows + 16 * tokens * cols + 2**21, one
     if rows % 4096 == 0 and cols % 128 == 0 and one.kwargs["format"] in ("2:4", "2:4-int8"):
       per_value = 2 if one.kwargs["format"] == "2:4" else 1
       least = rows * cols * (per_value / 2 + 1 / 8) + 2 * tokens * (rows + cols)
