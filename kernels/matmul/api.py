@@ -173,7 +173,8 @@ def _product(
     first = _product(x[..., :few], leaf.first, implementation)
     return first + _product(x[..., few:], leaf.rest, implementation)
   if isinstance(leaf, fitted.FittedTensor):
-    return leaf.output(x, _product(leaf.inputs(x), leaf.matrix, implementation))
+    wide = jnp.float32 if leaf.completes else dtype
+    return leaf.output(x, _product(leaf.inputs(x), leaf.matrix, implementation, wide))
   if isinstance(leaf, prepared.Instead):
     filled = leaf.weight.shape[-2] - leaf.rows  # up to whole groups
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, filled)]) if filled else x

@@ -71,6 +71,12 @@ class FittedTensor(prepared.Prepared):
     """Whether it is the inputs that are scaled."""
     return self.order is None and by_inputs(self)
 
+  @property
+  def completes(self) -> bool:
+    """Whether something is done to the output."""
+    shifts = self.by_inputs and self.zeros is not None and self.format == "int"
+    return self.gain is not None or shifts
+
   def inputs(self, x: jax.Array) -> jax.Array:
     """Bring inputs into the matrix's order, or scale them; then they are bfloat16."""
     if self.by_inputs:
