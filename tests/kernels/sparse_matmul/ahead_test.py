@@ -16,6 +16,7 @@ PRODUCT = "treesurgeon.kernels.matmul.arg_specs:product"
 CYCLES = pathlib.Path(__file__).parents[1] / "matmul" / "cycles.json"
 KNOWN = json.loads(CYCLES.read_text()).get(metadata.version("libtpu"), {})
 QUICK = ("tpu-v5e 2:4-int8 16 4096 4096",)
+QUICK_CHIPS = ("tpu-v5p", "tpu7x")
 PATTERNS = ("1:2", "2:4", "2:4-int8", "2:4-int4", "2:4-int8-g512", "1:4", "3:4", "2:8", "4:8")
 SHAPES = (  # tokens, rows, columns
   (1, 4096, 4096),
@@ -44,7 +45,10 @@ def compiles(requests):
       assert cost.bytes - 2 * cost.temp_bytes <= 1.13 * least + held, one
 
 
-@pytest.mark.parametrize("target", devices.DEVICES)
+@pytest.mark.parametrize(
+  "target",
+  [t if t in QUICK_CHIPS else pytest.param(t, marks=pytest.mark.slow) for t in devices.DEVICES],
+)
 def test_named_shapes_compile(target):
   compiles([request(target, f, 16, 4096, 14336) for f in ("2:4", "2:4-int8")])
 
