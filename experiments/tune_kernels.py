@@ -30,10 +30,9 @@ from treesurgeon.kernels.matmul import arg_specs, tpu
 
 PRODUCT = "treesurgeon.kernels.matmul.arg_specs:product"
 GROUP = 128
-FORMATS = ("int8", "int4", "int3", "int2")
-TOKENS = (1, 16, 64)
-# Rows and columns of the kernels of models of 7 and 70 billion parameters, whole and in eighths.
-SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672), (8192, 3584))
+FORMATS = ("int8", "int4", "int2")
+TOKENS = (1, 16)
+SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672))  # rows and columns
 WIDTHS = (256, 512, 1024, 2048, 4096)
 GAIN = 0.98
 
