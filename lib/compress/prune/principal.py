@@ -27,7 +27,11 @@ def components(h: Float[Array, "dim dim"], *, width: int) -> Float[Array, "dim w
     >>> jnp.abs(components(jnp.diag(jnp.array([1.0, 4.0])), width=1)).tolist()
     [[0.0], [1.0]]
   """
-  return jnp.linalg.eigh(h.astype(jnp.float32))[1][:, ::-1][:, :width]
+  found = jnp.linalg.eigh(h.astype(jnp.float32))[1][:, ::-1][:, :width]
+  # The sign of an eigenvector is arbitrary and changes with the order of sums: let the largest
+  # entry be positive.
+  largest = jnp.take_along_axis(found, jnp.abs(found).argmax(axis=0, keepdims=True), axis=0)
+  return jnp.where(largest < 0, -found, found)
 
 
 def by_place(m: model_lib.Model, batches: Iterable[Any], *, width: int) -> list[jax.Array]:
