@@ -3,6 +3,7 @@
 
 python -P -m treesurgeon.experiments.bench_decode --measure --json=FILE
 python -P -m treesurgeon.experiments.bench_decode --plan --target=tpu-v5e,tpu-v6e --json=FILE
+python -P -m treesurgeon.experiments.bench_decode --report=FILE
 
 `--measure` draws a decoder at random, for the time does not depend on the weights, and decodes
 greedily on the device that is there: tokens a second of one sequence, from the difference of two
@@ -267,10 +268,27 @@ def show(rows: list[dict[str, Any]]) -> table.Table:
   return grid
 
 
+def report(rows: list[dict[str, Any]]) -> str:
+  """Write rows as a Markdown table.
+
+  Args:
+    rows: of one kind, as `measure` or `plan` returned them.
+
+  Returns:
+    The table.
+  """
+  names = [n for n in rows[0] if n not in ("error", "source", "memory", "chips")]
+  lines = [[n.replace("_", " ") for n in names], ["-"] * len(names)]
+  lines += [[_text(n, row[n]) for n in names] for row in rows]
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _text(name: str, value: Any) -> str:
   if name.endswith("bytes"):
-    return f"{value / 1e9:.2f} GB"
-  return f"{value:,.0f}" if isinstance(value, float) else str(value)
+    return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.1f} MB"
+  if isinstance(value, bool):
+    return "yes" if value else "no"
+  return f"{value:,.{0 if value > 100 else 1}f}" if isinstance(value, float) else str(value)
 
 
 def main(argv: list[str]) -> None:
@@ -280,8 +298,11 @@ def main(argv: list[str]) -> None:
     argv: no positional arguments.
   """
   values = flags.FLAGS
-  if len(argv) > 1 or values.measure == values.plan:
-    raise app.UsageError("give one of --measure and --plan, and no positional argument")
+  if len(argv) > 1 or bool(values.measure) + bool(values.plan) + bool(values.report) != 1:
+    raise app.UsageError("give one of --measure, --plan and --report, and no positional argument")
+  if values.report:
+    print(report(json.loads(pathlib.Path(values.report).read_text())))
+    return
   rows: list[dict[str, Any]] = []
   if values.measure:
     rows += [measure(SMALL, f, values.context, values.new) for f in FORMATS]
@@ -295,6 +316,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
   flags.DEFINE_bool("measure", False, "Decode on the device that is there.")
   flags.DEFINE_bool("plan", False, "Compile large models' decode steps for TPUs.")
+  flags.DEFINE_string("report", None, "File of rows to print as Markdown.")
   flags.DEFINE_list("target", ["tpu-v5e", "tpu-v5p", "tpu-v6e"], "Devices to plan for.")
   flags.DEFINE_multi_enum("model", list(LLAMAS), list(LLAMAS), "Models to plan for.")
   flags.DEFINE_integer("batch", 8, "Sequences to plan for.", 1)
