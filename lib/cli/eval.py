@@ -12,7 +12,6 @@ import pathlib
 
 from absl import flags
 
-from treesurgeon import kernels
 from treesurgeon.cli import main
 from treesurgeon.evaluate import perplexity
 from treesurgeon.io import loading
@@ -55,7 +54,6 @@ def run(values: flags.FlagValues, args: list[str]) -> None:
   if values.json and not pathlib.Path(values.json).absolute().parent.is_dir():
     raise ValueError(f"--json={values.json}: there is no directory to put it in")
   model = loading.load(values.model)
-  model = model.replace(params=kernels.prepare(model.params))
   window = values.window or min(getattr(model.spec, "max_positions", None) or 2048, 2048)
   result = perplexity.evaluate(
     model,
