@@ -216,7 +216,9 @@ def _work(requests: Sequence[Request], path_flag: str) -> tuple[list[Cost], str]
       **os.environ,
       "JAX_PLATFORMS": "cpu",
       "JAX_COMPILATION_CACHE_DIR": "",
-      "TPU_LOG_DIR": "disabled",  # it fills the disk with gigabytes of logs
+      # Only what is fatal: all else that it would log takes up to a gigabyte a program.
+      "TPU_MIN_LOG_LEVEL": "3",
+      "TPU_LOG_DIR": folder,
       "TPU_SKIP_MDS_QUERY": "1",
       "TPU_ACCELERATOR_TYPE": "",
       "TPU_WORKER_HOSTNAMES": "localhost",
