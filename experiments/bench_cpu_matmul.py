@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -72,13 +72,16 @@ def least(
   return {name: 1e3 * t for name, t in best.items()}
 
 
-def measure(rows: int, cols: int, seconds: float, wall: bool) -> list[dict[str, Any]]:
+def measure(
+  rows: int, cols: int, seconds: float, wall: bool, counts: Sequence[int] = TOKENS
+) -> list[dict[str, Any]]:
   """Time every format at every number of tokens on one shape.
 
   Args:
     rows, cols: of the matrix.
     seconds: for each product.
     wall: wall time instead of processor time.
+    counts: of tokens.
 
   Returns:
     One row a product: format (with " bf16" behind it the activations are that, with " lut" sums of
@@ -104,7 +107,7 @@ def measure(rows: int, cols: int, seconds: float, wall: bool) -> list[dict[str, 
   product = jax.jit(kernels.matmul)
   by_tables = jax.jit(functools.partial(kernels.matmul, implementation="lut"))
   out = []
-  for tokens in TOKENS:
+  for tokens in counts:
     calls = {}
     for name, weight in weights.items():
       x = jax.random.normal(key, (tokens, rows))
@@ -156,7 +159,8 @@ def main(argv: list[str]) -> None:
   if not args.cores and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before jax starts its threads
   allocator.keep_pages()
-  rows = [r for k, n in SHAPES for r in measure(k, n, args.seconds, args.cores)]
+  counts = [int(m) for m in args.tokens]
+  rows = [r for k, n in SHAPES for r in measure(k, n, args.seconds, args.cores, counts)]
   console.Console(width=100).print(show(rows))
   if args.json:
     pathlib.Path(args.json).write_text(json.dumps(rows, indent=0) + "\n")
@@ -164,6 +168,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   flags.DEFINE_string("json", None, "Where to write the rows.")
+  flags.DEFINE_list("tokens", [str(m) for m in TOKENS], "Numbers of tokens to measure.")
   flags.DEFINE_bool("cores", False, "All cores and wall time instead of one and processor time.")
   flags.DEFINE_float("seconds", 0.5, "Time for each product.", 0.0)
   app.run(main)
