@@ -19,13 +19,12 @@ bandwidth, and the sum of the products' predicted times and the cache's transfer
 chips after attention and feed-forward, norms and sampling are in neither.
 """
 
-import dataclasses
 import json
 import math
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,15 +47,36 @@ FORMATS: dict[str, tuple[int | None, int | None]] = {
   "int2": (2, None),
   "int4, 2-bit cache": (4, 2),
 }
+
+
+class Llama(NamedTuple):
+  """The sizes of a Llama with a vocabulary of 32,000."""
+
+  d_model: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  d_ff: int
+
+  def spec(self, chips: int) -> models.Spec:
+    """Return the architecture of one chip's share."""
+    return models.Spec(
+      vocab_size=32000 // chips, d_model=self.d_model, num_layers=self.num_layers,
+      num_heads=self.num_heads // chips, num_kv_heads=self.num_kv_heads // chips,
+      head_dim=self.d_model // self.num_heads, d_ff=self.d_ff // chips,
+    )  # fmt: skip
+
+  def layer_shapes(self, chips: int) -> list[tuple[int, int]]:
+    """List the shapes of a layer's kernels on one chip: q, k, v, o, gate, up, down."""
+    d, wide, one = self.d_model, self.d_ff // chips, self.d_model // self.num_heads
+    heads, kv = self.num_heads // chips * one, self.num_kv_heads // chips * one
+    return [(d, heads), (d, kv), (d, kv), (heads, d), (d, wide), (d, wide), (wide, d)]
+
+
 LLAMAS = {
-  "llama-7b": models.Spec(
-    vocab_size=32000, d_model=4096, num_layers=32, num_heads=32, d_ff=11008, tied=False
-  ),
-  "llama-70b": models.Spec(
-    vocab_size=32000, d_model=8192, num_layers=80, num_heads=64, num_kv_heads=8, d_ff=28672,
-    tied=False,
-  ),
-}  # fmt: skip
+  "llama-7b": Llama(4096, 32, 32, 32, 11008),
+  "llama-70b": Llama(8192, 80, 64, 8, 28672),
+}
 SMALL = models.Spec(
   vocab_size=8192, d_model=1024, num_layers=12, num_heads=8, num_kv_heads=4, d_ff=2816
 )
@@ -127,31 +147,11 @@ def held(tree: Any) -> int:
   return sum(leaves.nbytes(a) for a in jax.tree.leaves(tree))
 
 
-def share(name: str) -> models.Spec:
-  """Return what one of `CHIPS` chips computes of a model.
-
-  Args:
-    name: from `LLAMAS`.
-
-  Returns:
-    A spec with fewer heads, a narrower feed-forward layer and fewer words.
-
-  Example:
-    >>> share("llama-70b").num_kv_heads
-    1
-  """
-  whole = LLAMAS[name]
-  return dataclasses.replace(
-    whole, num_heads=whole.num_heads // CHIPS, num_kv_heads=whole.num_kv_heads // CHIPS,
-    head_dim=whole.head_dim, d_ff=whole.d_ff // CHIPS, vocab_size=whole.vocab_size // CHIPS,
-  )  # fmt: skip
-
-
 def shapes(
   name: str, format: str, batch: int, context: int, target: str
 ) -> tuple[models.Spec, Any, Any]:
   """Return the share's architecture, and its parameters and cache as shapes: nothing is drawn."""
-  spec, (bits, cache_bits) = share(name), FORMATS[format]
+  spec, (bits, cache_bits) = LLAMAS[name].spec(CHIPS), FORMATS[format]
   params = jax.eval_shape(lambda key: weights(spec, bits, key, target), jax.random.key(0))
   cache = jax.eval_shape(
     lambda p: generation.init_cache(spec, p, batch, context, bits=cache_bits), params
@@ -216,7 +216,8 @@ def plan(target: str, names: list[str], batch: int, context: int) -> list[dict[s
     read -= held(params["embed"]["tokens"]) * (not spec.tied)
     least = (read + cached) / device.bandwidth
     kind = f"int{FORMATS[format][0]}" if FORMATS[format][0] else "bf16"
-    products = spec.num_layers * math.fsum(times[kind, *shape] for shape in layer_shapes(spec))
+    shape_times = [times[kind, *shape] for shape in LLAMAS[name].layer_shapes(CHIPS)]
+    products = LLAMAS[name].num_layers * math.fsum(shape_times)
     products += times["bf16", spec.d_model, spec.vocab_size]
     row = {
       "target": target, "model": name, "chips": CHIPS, "format": format, "batch": batch,
@@ -244,17 +245,11 @@ def product_times(target: str, names: list[str], batch: int) -> dict[tuple[str, 
   """
   formats = [f"int{bits}" for bits in (8, 4, 2)]
   wanted: dict[tuple[int, int, int], list[str]] = {}
-  for spec in map(share, names):
-    wanted |= {(batch, *shape): formats for shape in layer_shapes(spec)}
-    wanted.setdefault((batch, spec.d_model, spec.vocab_size), [])
+  for name in names:
+    wanted |= {(batch, *shape): formats for shape in LLAMAS[name].layer_shapes(CHIPS)}
+    wanted.setdefault((batch, LLAMAS[name].d_model, 32000 // CHIPS), [])
   rows = bench_kernels.measure(target, wanted)
   return {(r["format"], r["k"], r["n"]): r["predicted_us"] for r in rows}
-
-
-def layer_shapes(spec: models.Spec) -> list[tuple[int, int]]:
-  """List the shapes of a layer's kernels: q, k, v, o, gate, up, down."""
-  d, heads, kv = spec.d_model, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-  return [(d, heads), (d, kv), (d, kv), (heads, d), (d, spec.d_ff), (d, spec.d_ff), (spec.d_ff, d)]
 
 
 def show(rows: list[dict[str, Any]]) -> table.Table:

@@ -11,7 +11,8 @@ from treesurgeon.kernels import devices, static_cost
 
 @pytest.mark.parametrize("name", list(bench_decode.LLAMAS))
 def test_eight_shares_are_the_model(name):
-  whole, one = bench_decode.LLAMAS[name], bench_decode.share(name)
+  chips, llama = bench_decode.CHIPS, bench_decode.LLAMAS[name]
+  whole, one = llama.spec(1), llama.spec(chips)
   count = lambda spec: sum(
     x.size
     for path, x in jax.tree.leaves_with_path(
@@ -19,8 +20,8 @@ def test_eight_shares_are_the_model(name):
     )
     if "scale" not in jax.tree_util.keystr(path)  # every chip has all norms
   )
-  assert bench_decode.CHIPS * count(one) == count(whole)
-  assert one.head_dim == whole.d_model // whole.num_heads
+  assert chips * count(one) == count(whole)
+  assert one.head_dim == whole.head_dim == 128
   assert count(whole) == pytest.approx({"llama-7b": 6.74e9, "llama-70b": 68.98e9}[name], rel=1e-3)
 
 
