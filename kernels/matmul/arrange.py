@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rearrange quantized matrices for a device and back: once, before a model runs, and exactly."""
+"""Rearrange quantized matrices for a device, once before a model runs, and back bit for bit."""
 
 import dataclasses
 import functools
@@ -67,7 +67,7 @@ def prepare(tree: Any, *, target: str | None = None) -> Any:
 
 
 def restore(tree: Any) -> Any:
-  """Undo `prepare`, bit for bit: what files and other methods take.
+  """Undo `prepare`, bit for bit where no two codes stand for one value: what files take.
 
   Args:
     tree: parameters, or one leaf.
@@ -109,12 +109,10 @@ def unsupported(leaf: Any, *, target: str | None = None) -> str:
   if leaf.group_index is not None:
     return "it takes groups of consecutive rows, not a group_index"
   size = leaf.group_size
-  if size < leaf.rows and size % UNIT and (UNIT % size or size % 16):
-    return f"it takes groups of 16, 32, 64 or a multiple of {UNIT} rows, not {size}"
+  if size < leaf.rows and size != 64 and size % UNIT:
+    return f"on a GPU it takes groups of 64 or a multiple of {UNIT} rows, not {size}"
   if size < leaf.rows and size // UNIT > MOST_UNITS:
     return f"it takes groups of up to {MOST_UNITS * UNIT} rows or of all, not {size}"
-  if size < leaf.rows and size % 64:
-    return f"on a GPU it takes groups of 64 or a multiple of {UNIT} rows, not {size}"
   return ""
 
 
