@@ -33,7 +33,7 @@ FILLED = 16.0  # bits a weight may take: no more than dense
 
 
 def runs(rows: int, group_size: int, width: int, *, longest: int = LONGEST) -> tuple[int, int]:
-  """Choose how groups are cut or filled up: the fewest bytes.
+  """Choose how groups are cut or filled up: not if a kernel takes them, else for fewest bytes.
 
   Args:
     rows: of the matrix.
@@ -48,7 +48,8 @@ def runs(rows: int, group_size: int, width: int, *, longest: int = LONGEST) -> t
     >>> [runs(4096, size, 4) for size in (128, 96, 40, 8192)]
     [(128, 128), (96, 32), (64, 64), (8192, 8192)]
   """
-  if group_size >= rows:
+  part, whole = UNIT % group_size == 0, group_size % UNIT == 0 and group_size <= longest
+  if group_size >= rows or (group_size % 16 == 0 and (part or whole)):
     return group_size, group_size
   best = None
   for padded in range(-(-group_size // 16) * 16, -(-group_size // 16) * 16 + UNIT, 16):

@@ -60,7 +60,7 @@ def test_restoring_is_exact(rows, bits, group_size, symmetric, scales, zeros, ta
     zeros=None if leaf.zeros is None else leaf.zeros.astype(zeros),
   )
   ready = kernels.prepare(leaf, target=target)
-  assert isinstance(ready, prepared.Prepared) and ready.shape == leaf.shape
+  assert isinstance(ready, prepared.PreparedTensor) and ready.shape == leaf.shape
   same(ready.restore(), leaf)
   same(ready.dense(), leaf.dense())
 
